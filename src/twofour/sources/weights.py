@@ -1,0 +1,68 @@
+"""Weights files → a model's parameters. Only formats that cannot run code: safetensors and torch's weights_only state dicts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofour.errors import InputError
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file or of a torch state dict, by name.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"weights file {str(path)!r} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}") from error
+    import pickle
+
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"weights file {str(path)!r} is neither safetensors nor a torch state dict of plain tensors: {first_line}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill `model` from the file at `path`, in place; every parameter and buffer must be there with its shape.
+
+    Raises:
+        InputError: names or shapes do not fit; the model is left as it was.
+    """
+    path = Path(path)
+    state, own = read_state(path), model.state_dict()
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or surplus:
+        raise InputError(
+            f"weights file {str(path)!r} does not fit the model: {len(missing)} names missing (first: {missing[:3]}), "
+            f"{len(surplus)} not in the model (first: {surplus[:3]}); give the weights of this architecture"
+        )
+    wrong = [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"weights file {str(path)!r}: {name!r} has shape {list(state[name].shape)}, the model expects {list(own[name].shape)}"
+            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    model.load_state_dict(state)

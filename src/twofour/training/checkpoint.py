@@ -1,0 +1,108 @@
+"""A trained model on disk: safetensors under the model's own names, with how it came about in the metadata."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from twofour.errors import InputError
+from twofour.pruning import Pruning
+
+SCHEMA = 1
+KEY = "twofour.checkpoint"
+PRUNING_KEY = "twofour.pruning"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data: mean loss, the validation metric after it, the last learning rate, wall time."""
+
+    number: int
+    loss: float
+    metric: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and how they were reached. `model` and `data` are the command line's names, empty for objects made in Python."""
+
+    state: dict[str, Tensor] = field(repr=False)
+    metric_name: str
+    metric: float
+    history: tuple[Epoch, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict, repr=False)
+    model: str = ""
+    data: str = ""
+    pruning: Pruning | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        kind = "2:4" if self.pruning is not None else "dense"
+        return f"Checkpoint({self.model or 'model'}, {kind}, {self.metric_name} {self.metric:.2f} after {len(self.history)} epochs)"
+
+    @classmethod
+    def of(cls, model: nn.Module, metric_name: str, metric: float, **how: Any) -> "Checkpoint":
+        """Return a checkpoint of `model` as it is now; tensors are copied to the CPU."""
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        return cls(state, metric_name, metric, **how)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file aside and rename it into place."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        about = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "data": self.data,
+            "metric": {"name": self.metric_name, "value": self.metric},
+            "recipe": self.recipe,
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+        metadata = {"format": "pt", KEY: json.dumps(about)}
+        if self.pruning is not None:
+            metadata[PRUNING_KEY] = self.pruning.to_json()
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(self.state, aside, metadata)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Checkpoint":
+        """Return the checkpoint in the file.
+
+        Raises:
+            InputError: missing, damaged, or not written by this package.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"checkpoint {str(path)!r} does not exist")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
+            about = json.loads(metadata[KEY])
+            if about["schema"] != SCHEMA:
+                raise InputError(f"checkpoint {str(path)!r} has schema {about['schema']}, this version reads {SCHEMA}; update twofour")
+            return cls(
+                state,
+                about["metric"]["name"],
+                about["metric"]["value"],
+                tuple(Epoch(**epoch) for epoch in about["history"]),
+                about["recipe"],
+                about["model"],
+                about["data"],
+                Pruning.from_json(metadata[PRUNING_KEY]) if PRUNING_KEY in metadata else None,
+            )
+        except InputError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"checkpoint {str(path)!r} is damaged or was not written by twofour: {error}") from error
