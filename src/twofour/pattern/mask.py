@@ -39,7 +39,8 @@ def magnitude_bits(weight: Array) -> Array:
     if size not in (1, 2, 4, 8):
         raise InputError(f"weight dtype {weight.dtype} has {size} bytes an element, expected a floating format of 1, 2, 4 or 8")
     unsigned = np.dtype(f"u{size}")
-    return np.ascontiguousarray(weight).view(unsigned) & unsigned.type(2 ** (8 * size - 1) - 1)
+    bits: Array = np.ascontiguousarray(weight).view(unsigned) & unsigned.type(2 ** (8 * size - 1) - 1)
+    return bits
 
 
 def grouped(weight: Array, axis: int) -> Array:

@@ -26,7 +26,8 @@ def magnitude_mask(weight: Tensor, axis: int = 1) -> Tensor:
     if weight.device.type == "cpu":
         return torch.from_numpy(select(bits.numpy(), axis))
     sign_cleared = bits & (0x7F if weight.element_size() == 1 else torch.iinfo(bits.dtype).max)
-    groups = sign_cleared.movedim(axis, -1).unflatten(-1, (-1, 4))
+    groups = sign_cleared.movedim(axis, -1)
+    groups = groups.reshape(*groups.shape[:-1], -1, 4)
     a, b, c, d = groups.unbind(-1)
     # The rank of each is the number of those that beat it; an earlier one also wins a tie.
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d

@@ -22,7 +22,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            loaded: dict[str, Tensor] = load_file(path)
+            return loaded
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}") from error
     import pickle

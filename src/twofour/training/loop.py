@@ -29,8 +29,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         raise InputError("the model has no parameter that requires a gradient, expected at least one")
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-    return kind(groups, lr=settings.lr)
+    if settings.name == "adam":
+        return torch.optim.Adam(groups, lr=settings.lr)
+    return torch.optim.AdamW(groups, lr=settings.lr)
 
 
 def lr_factor(settings: ScheduleSection, progress: float) -> float:
@@ -119,7 +120,7 @@ def _epochs(
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"training: the loss of epoch {number} is {mean_loss}, expected a finite value; lower the recipe's lr")
             metric = evaluate(model, data)
-            epoch = Epoch(number, mean_loss, metric, schedule.get_last_lr()[0], time.perf_counter() - start)
+            epoch = Epoch(number, mean_loss, metric, float(schedule.get_last_lr()[0]), time.perf_counter() - start)
             history.append(epoch)
             if progress is not None:
                 progress(epoch)
@@ -151,6 +152,6 @@ def _step(
         weight = recipe.distillation.weight
         loss = (1 - weight) * loss + weight * distillation_loss(outputs, guide, recipe.distillation.temperature)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()
