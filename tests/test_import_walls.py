@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "twofour"
 ROOMS = [
     "version",
     "errors",
+    "files",
     "pattern",
     "oracle",
     "jit",
@@ -33,7 +34,7 @@ ROOMS = [
     "cli",
 ]
 # Rooms that must work where torch, onnx and a compiler are absent: whatever they need of those is imported inside a function.
-TORCH_FREE = ["errors", "pattern", "oracle", "jit", "kernels", "timing", "plan", "runtime"]
+TORCH_FREE = ["errors", "files", "pattern", "oracle", "jit", "kernels", "timing", "plan", "runtime"]
 # A room may not import these rooms although they stand above it.
 FORBIDDEN = {"runtime": {"builder", "nn", "training", "pruning", "exchange", "sources"}}
 

@@ -22,14 +22,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            loaded: dict[str, Tensor] = load_file(path)
-            return loaded
+            return dict(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}") from error
     import pickle
 
+    state: Any
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -40,9 +40,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
+    tensors: dict[str, Tensor] = state
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -1,7 +1,6 @@
 """A trained model on disk: safetensors under the model's own names, with how it came about in the metadata."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from twofour.errors import InputError
+from twofour.files import written_aside
 from twofour.pruning import Pruning
 
 SCHEMA = 1
@@ -45,16 +45,19 @@ class Checkpoint:
         return f"Checkpoint({self.model or 'model'}, {kind}, {self.metric_name} {self.metric:.2f} after {len(self.history)} epochs)"
 
     @classmethod
-    def of(cls, model: nn.Module, metric_name: str, metric: float, **how: Any) -> "Checkpoint":
-        """Return a checkpoint of `model` as it is now; tensors are copied to the CPU."""
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    def of(cls, module: nn.Module, metric_name: str, metric: float, /, **how: Any) -> "Checkpoint":
+        """Return a checkpoint of `module` as it is now; tensors are copied to the CPU."""
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
         return cls(state, metric_name, metric, **how)
 
     def save(self, path: str | Path) -> None:
-        """Write the file aside and rename it into place."""
+        """Write the file.
+
+        Raises:
+            InputError: the folder does not exist or cannot be written.
+        """
         from safetensors.torch import save_file
 
-        path = Path(path)
         about = {
             "schema": SCHEMA,
             "model": self.model,
@@ -66,12 +69,8 @@ class Checkpoint:
         metadata = {"format": "pt", KEY: json.dumps(about)}
         if self.pruning is not None:
             metadata[PRUNING_KEY] = self.pruning.to_json()
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with written_aside(path) as aside:
             save_file(self.state, aside, metadata)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Checkpoint":
@@ -106,3 +105,18 @@ class Checkpoint:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"checkpoint {str(path)!r} is damaged or was not written by twofour: {error}") from error
+
+    @staticmethod
+    def pruning_of(path: str | Path) -> Pruning | None:
+        """Return the pruning record in a weights file, or None where it holds none.
+
+        Raises:
+            InputError: the record is damaged.
+        """
+        from safetensors import safe_open
+
+        if Path(path).suffix != ".safetensors":
+            return None
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(PRUNING_KEY)
+        return Pruning.from_json(text) if text else None

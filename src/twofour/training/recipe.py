@@ -57,10 +57,10 @@ class Recipe(_Section):
     batch: int = Field(64, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
-    distillation: DistillationSection = Field(default_factory=DistillationSection)
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    distillation: DistillationSection = DistillationSection()
 
     def __str__(self) -> str:
         return f"Recipe({self.epochs} epochs of batch {self.batch}, {self.optimizer.name} lr {self.optimizer.lr:g}, {self.schedule.name})"

@@ -1,0 +1,5 @@
+"""`python -m twofour`."""
+
+from twofour.cli import main
+
+main()

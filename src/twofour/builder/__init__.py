@@ -1,0 +1,5 @@
+"""ONNX + device → Plan."""
+
+from twofour.builder.build import build
+
+__all__ = ["build"]

@@ -1,0 +1,29 @@
+"""Options that several sub-commands share."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+model_argument: Decorator = click.argument("model")
+data_option: Decorator = click.option("--data", required=True, help="Data set by name.")
+weights_option: Decorator = click.option("--weights", type=PATH, help="Weights: safetensors, or a torch state dict.")
+recipe_option: Decorator = click.option("--recipe", help="Recipe: a shipped name or a TOML file; by default the one named like the data.")
+include_option: Decorator = click.option(
+    "--include", multiple=True, metavar="GLOB", help="Prune these layers although the default leaves them."
+)
+exclude_option: Decorator = click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers dense.")
+method_option: Decorator = click.option("--method", default="magnitude", show_default=True, help="How to choose what is pruned.")
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+threads_option: Decorator = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+
+
+def command_line() -> str:
+    """Return the command as the user can type it again."""
+    return shlex.join(["twofour", *sys.argv[1:]])

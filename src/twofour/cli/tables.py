@@ -1,0 +1,43 @@
+"""Records as terminal tables."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from twofour.exchange import Inspection
+from twofour.pruning import Pruning
+from twofour.report import Measurement
+
+
+def print_pruning(record: Pruning, console: Console) -> None:
+    """Print a pruning, a row a layer."""
+    table = Table("layer", "kind", "shape", "2:4", "magnitude kept", "why not")
+    for layer in record.layers:
+        kept = "" if layer.kept_magnitude is None else f"{100 * layer.kept_magnitude:.1f} %"
+        shape = "×".join(map(str, layer.shape))
+        table.add_row(layer.name, layer.kind, shape, "yes" if layer.eligible else "no", kept, layer.reason)
+    console.print(table)
+
+
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print an inspection, a row a weight."""
+    table = Table("weight", "operation", "shape", "eligible", "2:4 groups", "verdict", "why not")
+    for w in inspection.weights:
+        share = "" if w.groups is None else f"{100 * w.groups.share:.1f} %"
+        state = "2:4" if w.is_24 else "NOT 2:4" if w.required else "dense"
+        table.add_row(w.name, w.operation, "×".join(map(str, w.shape)), "yes" if w.eligible else "no", share, state, w.reason)
+    console.print(table)
+    for note in inspection.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(str(inspection), highlight=False, soft_wrap=True)
+
+
+def print_measurements(rows: Sequence[Measurement], console: Console) -> None:
+    """Print measurements, a row a thing and batch size."""
+    table = Table("what", "backend", "batch", "median ms", "p90", "p99", "items/s", "spread", "n", "peak memory")
+    for m in rows:
+        peak = "" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:.1f} MiB"
+        numbers = (f"{m.median_ms:.3f}", f"{m.p90_ms:.3f}", f"{m.p99_ms:.3f}", f"{m.items_per_s:,.0f}", f"{100 * m.spread:.0f} %", str(m.n))
+        table.add_row(m.name, m.backend, str(m.batch), *numbers, peak)
+    console.print(table)

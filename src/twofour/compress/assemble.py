@@ -1,0 +1,139 @@
+"""What a run found → its Report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twofour.plan import Plan
+from twofour.pruning import Pruning
+from twofour.report.environment import environment
+from twofour.report.measure import Measurement
+from twofour.report.record import (
+    AccuracyRow,
+    Agreement,
+    Check,
+    EpochRow,
+    LayerRow,
+    MemoryRow,
+    ProfileRow,
+    Report,
+    SizeRow,
+    SpeedRow,
+    TrainingRow,
+)
+from twofour.sources import Metric
+from twofour.training import Epoch
+from twofour.version import __version__
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything the stages of one run hand over. `profiles` holds (node, operation, microseconds) rows by variant."""
+
+    created: str
+    command: str
+    model: str
+    data: str
+    metric: Metric
+    recipe: dict[str, Any]
+    seeds: list[int]
+    accuracy: dict[str, list[float]]
+    histories: Sequence[tuple[str, int, tuple[Epoch, ...]]]
+    pruning: Pruning
+    plan: Plan
+    checks: list[Check]
+    measurements: list[Measurement]
+    sizes: dict[str, list[Path]]
+    profiles: dict[str, list[tuple[str, str, float]]]
+    agreement: list[Agreement]
+    stage_seconds: dict[str, float]
+
+
+def statement_of(plan: Plan) -> str:
+    """Return the sentence that says what sparsity can and cannot gain on this backend."""
+    if plan.about.get("sparse_kernels"):
+        return f"The {plan.backend} engine ran sparse kernels where they were faster."
+    return (
+        f"This engine ran on the CPU with ONNX Runtime, which has no sparse kernel: {plan.about['why_no_sparse_kernels']}. "
+        "Any difference in speed between the two columns is noise; the gain needs a GPU with Sparse Tensor Cores."
+    )
+
+
+def layer_rows(pruning: Pruning) -> list[LayerRow]:
+    """Return the per-layer table of a pruning."""
+    return [
+        LayerRow(
+            name=layer.name.removesuffix(".weight"),
+            kind=layer.kind,
+            shape=list(layer.shape),
+            parameters=layer.num_weights,
+            flops=layer.flops,
+            eligible=layer.eligible,
+            reason=layer.reason,
+            kept_magnitude=layer.kept_magnitude,
+            permuted=layer.permuted,
+        )
+        for layer in pruning.layers
+    ]
+
+
+def profile_rows(profiles: dict[str, list[tuple[str, str, float]]]) -> list[ProfileRow]:
+    """Return where the time goes, slowest first within each variant; shares are of the variant's total."""
+    rows = []
+    for variant, events in profiles.items():
+        total = sum(microseconds for _, _, microseconds in events) or 1.0
+        for node, operation, microseconds in events:
+            share = microseconds / total
+            rows.append(
+                ProfileRow(
+                    variant="2:4" if variant == "2:4" else "dense", node=node, operation=operation, share=share, microseconds=microseconds
+                )
+            )
+    return rows
+
+
+def make_report(found: Findings) -> Report:
+    """Return the Report of a run."""
+    speed, memory = [], []
+    for m in found.measurements:
+        values = m.to_json()
+        peak = values.pop("peak_bytes")
+        variant = values.pop("name")
+        speed.append(SpeedRow(variant=variant, **values))
+        if peak is not None:
+            memory.append(MemoryRow(variant=variant, batch=m.batch, peak_bytes=peak))
+    return Report(
+        twofour=__version__,
+        created=found.created,
+        command=found.command,
+        model=found.model,
+        data=found.data,
+        metric=found.metric.name,
+        metric_direction=found.metric.direction,
+        seeds=found.seeds,
+        recipe=found.recipe,
+        method=found.pruning.method,
+        backend=found.plan.backend,
+        sparse_kernels=bool(found.plan.about.get("sparse_kernels")),
+        statement=statement_of(found.plan),
+        environment=environment(),
+        accuracy=[AccuracyRow.model_validate({"variant": variant, "values": values}) for variant, values in found.accuracy.items()],
+        training=[
+            TrainingRow.model_validate({"variant": variant, "seed": seed, "epochs": [EpochRow(**epoch.__dict__) for epoch in history]})
+            for variant, seed, history in found.histories
+        ],
+        layers=layer_rows(found.pruning),
+        checks=found.checks,
+        speed=speed,
+        memory=memory,
+        sizes=[
+            SizeRow.model_validate({"file": path.name, "variant": variant, "bytes": path.stat().st_size})
+            for variant, paths in found.sizes.items()
+            for path in paths
+        ],
+        profile=profile_rows(found.profiles),
+        agreement=found.agreement,
+        notes=list(found.pruning.notes),
+        stage_seconds=found.stage_seconds,
+    )

@@ -1,0 +1,146 @@
+"""`export`: a torch module → an ONNX file that gives the same outputs and, if the module is 2:4, still is."""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twofour.errors import InputError, UnsupportedError, VerificationError
+from twofour.exchange.inspect import PRUNING_KEY, Inspection, inspect
+from twofour.files import written_aside
+from twofour.pruning import Pruning
+from twofour.pruning.capture import in_eval_mode
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The exported file and what was checked: largest |ONNX − torch| and the tolerance it had to meet, and the 2:4 verdict."""
+
+    path: str
+    largest_error: float
+    tolerance: float
+    inspection: Inspection
+
+    def __str__(self) -> str:
+        return f"Exported({self.path}: largest error {self.largest_error:.2e}, allowed {self.tolerance:.2e}; {self.inspection})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of its own internals through loggers and warnings; none of it concerns the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def flattened(value: Any) -> list[Tensor]:
+    """Return the tensors in a model's output, depth first."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def rounding_tolerance(single: list[Tensor], double: list[Tensor]) -> float:
+    """Return how far a correct float32 run of the same graph may be from `single`, in absolute terms.
+
+    The error of torch's own float32 run against float64 is one sample of the rounding of such a run. Another order of summation and
+    folded norms give another sample; 8 × the first, plus 8 ulp of the largest output for exact cases, bounds it with room.
+    """
+    error = max((float((s.double() - d).abs().max()) for s, d in zip(single, double, strict=True) if s.numel()), default=0.0)
+    largest = max((float(d.abs().max()) for d in double if d.numel()), default=0.0)
+    return 8 * error + 8 * float(np.finfo(np.float32).eps) * largest
+
+
+def reference_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs in float32 and in float64 (on a copy), in eval mode."""
+    with in_eval_mode(model), torch.no_grad():
+        single = flattened(model(*inputs))
+        double_model = copy.deepcopy(model).double()
+        double = flattened(double_model(*(x.double() if x.is_floating_point() else x for x in inputs)))
+    return single, double
+
+
+def compare(path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Return (largest error of the ONNX file against the module, tolerance) over two batch sizes of random inputs."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    worst, tolerance = 0.0, 0.0
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        repeats = [x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch] for x in inputs]
+        varied = tuple(x + torch.rand(x.shape, generator=generator) * x.std() if x.is_floating_point() else x for x in repeats)
+        single, double = reference_outputs(model, varied)
+        results = session.run(None, dict(zip(names, [x.numpy() for x in varied], strict=True)))
+        for result, expected in zip(results, single, strict=True):
+            if result.size:
+                worst = max(worst, float(np.abs(result.astype(np.float64) - expected.double().numpy()).max()))
+        tolerance = max(tolerance, rounding_tolerance(single, double))
+    return worst, tolerance
+
+
+def export(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    path: str | Path,
+    *,
+    pruning: Pruning | None = None,
+) -> Exported:
+    """Write `model` as ONNX with a dynamic batch to `path` and return what was checked.
+
+    The file is written aside and takes its place only after its outputs equal the module's (two batch sizes, float32 rounding) and,
+    with `pruning`, every layer recorded as pruned is 2:4 in the file too. The record goes into the file's metadata.
+
+    Args:
+        model: on the CPU, float32.
+        example_inputs: tensors, first axis the batch.
+
+    Raises:
+        UnsupportedError: torch cannot export the model. VerificationError: the file does not reproduce it.
+        InputError: the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"export: folder {str(path.parent)!r} does not exist; make it first")
+    batch = torch.export.Dim.DYNAMIC
+    # A batch of one would be specialised to a constant.
+    inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in example_inputs)
+    try:
+        with in_eval_mode(model), torch.no_grad(), _quiet():
+            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False)
+    except Exception as error:
+        # The exporter raises dozens of kinds; its first line names the operation.
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnsupportedError(f"export: torch.onnx cannot export this model: {first_line.strip()}") from error
+    assert program is not None
+    if pruning is not None:
+        program.model.metadata_props[PRUNING_KEY] = pruning.to_json()
+    program.model.producer_name = "twofour"
+    with written_aside(path) as aside:
+        program.save(aside, external_data=False)
+        largest, tolerance = compare(aside, model, inputs)
+        if not largest <= tolerance:
+            raise VerificationError(
+                f"export: {path.name} differs from the module by {largest:.2e}, allowed {tolerance:.2e}; the file is discarded"
+            )
+        inspection = inspect(aside)
+        if pruning is not None and inspection.violations:
+            names = [v.name for v in inspection.violations]
+            raise VerificationError(f"export: {len(names)} layers are not 2:4 in {path.name} (first: {names[:3]}); the file is discarded")
+    return Exported(str(path), largest, tolerance, Inspection(str(path), inspection.kind, inspection.weights, inspection.notes))

@@ -1,0 +1,141 @@
+"""The Plan record and its file format.
+
+A plan is one safetensors file. Its metadata holds `format: twofour.plan` and `plan`, a JSON object with `schema`, `backend`, `device`,
+`precision`, `sparsity`, `batches`, `inputs`, `outputs` and `about`; its tensors hold the backend's payload. For the backend
+`onnxruntime` that is one tensor `onnx` of uint8: the bytes of an ONNX file.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twofour.errors import PlanFormatError
+from twofour.files import written_aside
+
+SCHEMA = 1
+FORMAT = "twofour.plan"
+BACKENDS = ("onnxruntime",)
+MAX_METADATA_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """An input or output: name, NumPy dtype name, shape with None where any size goes (the batch)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join('batch' if s is None else str(s) for s in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine on disk: which backend runs it, what goes in and out, and the payload.
+
+    Attributes:
+        batches: batch sizes it was tuned for; empty means any.
+        about: how it was built (versions, the source's digest, notes), for people and reports.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    sparsity: str
+    inputs: tuple[ValueSpec, ...]
+    outputs: tuple[ValueSpec, ...]
+    payload: dict[str, npt.NDArray[Any]] = field(repr=False)
+    batches: tuple[int, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the payload."""
+        return sum(array.nbytes for array in self.payload.values())
+
+    def __str__(self) -> str:
+        ins, outs = ", ".join(map(str, self.inputs)), ", ".join(map(str, self.outputs))
+        return f"Plan({self.backend} on {self.device}, {self.precision}, {ins} -> {outs}, {self.num_bytes:,} bytes)"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan aside and rename it into place.
+
+        Raises:
+            InputError: the folder does not exist or cannot be written.
+        """
+        from safetensors.numpy import save_file
+
+        header = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "payload"}}
+        with written_aside(path) as aside:
+            save_file(self.payload, aside, {"format": FORMAT, "plan": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Return the plan in a file. Nothing in the file is run, and nothing beyond the file's size is allocated.
+
+        Raises:
+            PlanFormatError: missing, damaged, not a plan, or of another version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise PlanFormatError(f"plan {str(path)!r} does not exist")
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise PlanFormatError(f"{str(path)!r} is a safetensors file but no plan; make one with twofour build")
+                payload = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise PlanFormatError(f"plan {str(path)!r} is damaged: {error}") from error
+        return cls._from_header(metadata.get("plan", ""), payload, str(path))
+
+    @classmethod
+    def _from_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
+        try:
+            header = json.loads(text)
+            schema = header.pop("schema")
+            if schema != SCHEMA:
+                raise PlanFormatError(f"plan {where!r} has schema {schema!r}, this version reads {SCHEMA}; build it again")
+            plan = cls(
+                backend=str(header["backend"]),
+                device=str(header["device"]),
+                precision=str(header["precision"]),
+                sparsity=str(header["sparsity"]),
+                inputs=tuple(_value(v) for v in header["inputs"]),
+                outputs=tuple(_value(v) for v in header["outputs"]),
+                payload=payload,
+                batches=tuple(_size(b) for b in header["batches"]),
+                about=dict(header["about"]),
+            )
+        except PlanFormatError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanFormatError(f"plan {where!r} is damaged: its description cannot be read ({error!r})") from error
+        if plan.backend not in BACKENDS:
+            raise PlanFormatError(
+                f"plan {where!r} asks for the backend {plan.backend!r}, this version has {list(BACKENDS)}; update twofour"
+            )
+        if plan.backend == "onnxruntime" and not (
+            set(payload) == {"onnx"} and payload["onnx"].dtype == np.uint8 and payload["onnx"].ndim == 1
+        ):
+            raise PlanFormatError(f"plan {where!r} is damaged: the onnxruntime backend expects one tensor 'onnx' of uint8")
+        return plan
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"size {value!r}")
+    return value
+
+
+def _value(value: Any) -> ValueSpec:
+    shape = tuple(None if s is None else _size(s) for s in value["shape"])
+    np.dtype(value["dtype"])
+    return ValueSpec(str(value["name"]), str(value["dtype"]), shape)

@@ -1,0 +1,1 @@
+"""Backends, one file each; a backend's library is imported when it is used."""

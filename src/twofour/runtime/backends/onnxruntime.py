@@ -1,0 +1,62 @@
+"""ONNX Runtime on the CPU: runs everywhere, has no sparse kernel."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twofour.errors import MissingExtraError, PlanFormatError
+from twofour.plan import Plan
+
+Array = npt.NDArray[Any]
+
+
+class OnnxRuntimeBackend:
+    """An ONNX Runtime session over the plan's ONNX bytes."""
+
+    def __init__(self, plan: Plan, num_threads: int | None = None) -> None:
+        self._plan, self._num_threads = plan, num_threads
+        self._session = self._make_session()
+        self._output_names = [spec.name for spec in plan.outputs]
+
+    def _make_session(self, profile_prefix: str | None = None) -> Any:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("the onnxruntime backend needs onnxruntime; pip install onnxruntime") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self._num_threads is not None:
+            options.intra_op_num_threads = self._num_threads
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile_prefix
+        try:
+            return onnxruntime.InferenceSession(self._plan.payload["onnx"].tobytes(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            # ONNX Runtime raises its own kinds for a bad model; they share no public base.
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PlanFormatError(f"plan: ONNX Runtime refuses the model inside: {first_line}") from error
+
+    def run(self, inputs: list[Array]) -> list[Array]:
+        """Return the outputs in the plan's order."""
+        feeds = {spec.name: array for spec, array in zip(self._plan.inputs, inputs, strict=True)}
+        return [np.asarray(output) for output in self._session.run(self._output_names, feeds)]
+
+    def profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
+        """Return (node, operation, microseconds a run) as ONNX Runtime's profiler saw them, slowest first."""
+        feeds = {spec.name: array for spec, array in zip(self._plan.inputs, inputs, strict=True)}
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._make_session(str(Path(folder) / "profile"))
+            for _ in range(num_runs):
+                session.run(self._output_names, feeds)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        totals: dict[tuple[str, str], float] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
+                totals[key] = totals.get(key, 0.0) + event["dur"] / num_runs
+        return sorted(((node, op, microseconds) for (node, op), microseconds in totals.items()), key=lambda row: -row[2])
