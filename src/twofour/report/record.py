@@ -150,6 +150,7 @@ class Report(_Row):
     data: str
     metric: str
     metric_direction: Literal["higher", "lower"]
+    metric_unit: str = ""
     seeds: list[int]
     recipe: dict[str, object]
     method: str

@@ -1,0 +1,258 @@
+"""The report's charts as inline SVG: text stays text, and every colour is a variable of the page, so that dark mode and print restyle them."""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from twofour.report.record import AccuracyRow, LayerRow, TrainingRow
+from twofour.report.summary import OperationTime
+from twofour.report.units import FLOP_STEPS, flops_text, significant, step_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# matplotlib wants literal colours: each stands for the page's variable until the SVG is written.
+COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--dense)",
+    "#050505": "var(--sparse)",
+    "#060606": "var(--control)",
+}
+INK, MUTED, LINE, DENSE, SPARSE, CONTROL = COLOURS
+VARIANT_COLOUR = {"dense": DENSE, "2:4": SPARSE, "dense + same training": CONTROL}
+VARIANT_DASHES = {"dense": "-", "2:4": "-", "dense + same training": (0, (4, 2))}
+VARIANT_LABEL = {"dense": "dense", "2:4": "2:4", "dense + same training": "control"}
+
+TEXT_PX = 12
+# Up to this many layers each gets a bar with its name; more are drawn as thin bars in the network's order.
+MOST_NAMED_LAYERS = 30
+MOST_OPERATIONS = 8
+
+
+@contextmanager
+def _figure(width: int, height: int) -> Iterator["Figure"]:
+    """A figure of the given CSS pixels, drawn with matplotlib's own defaults whatever the user has configured."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "twofour",
+                "font.size": TEXT_PX,
+                "text.color": INK,
+                "text.parse_math": False,
+                "axes.labelcolor": MUTED,
+                "axes.edgecolor": LINE,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "axes.formatter.use_mathtext": False,
+                "axes.unicode_minus": True,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.labelsize": TEXT_PX,
+                "grid.color": LINE,
+                "grid.linewidth": 1,
+                "xtick.color": LINE,
+                "ytick.color": LINE,
+                "xtick.labelcolor": MUTED,
+                "ytick.labelcolor": MUTED,
+            }
+        )
+        # One inch is 72 user units in the SVG, so that a unit is a CSS pixel at full size.
+        yield Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def _svg(figure: "Figure", name: str, label: str, titles: dict[str, str] | None = None) -> str:
+    """Return the figure as an SVG element: ids made unique by `name`, colours replaced, hover titles on the groups of `titles`.
+
+    NOTE: matplotlib's style sheet and metadata are dropped; the first would restyle the whole page, the second holds addresses.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for key in list(element.attrib):
+            element.set(key.rpartition("}")[2], _restyle(element.attrib.pop(key), name))
+    for parent in list(root.iter()):
+        for child in [c for c in parent if c.tag in ("metadata", "style")]:
+            parent.remove(child)
+        identifier = parent.get("id")
+        if identifier is not None:
+            parent.set("id", f"{name}-{identifier}")
+            if titles and identifier in titles:
+                title = ElementTree.Element("title")
+                title.text = titles[identifier]
+                parent.insert(0, title)
+    view = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": label})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _restyle(value: str, name: str) -> str:
+    value = re.sub(r"url\(#", f"url(#{name}-", value)
+    value = re.sub(r"^#(?=[A-Za-z])", f"#{name}-", value)
+    value = re.sub(r"'DejaVu Sans'[^;]*", "var(--font)", value)
+    for literal, variable in COLOURS.items():
+        value = value.replace(literal, variable)
+    return value
+
+
+def _apart(positions: Sequence[float], gap: float) -> list[float]:
+    """Return the positions moved up as little as a sweep allows, so that neighbours are at least `gap` apart, about the same centre."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    moved = list(positions)
+    for before, after in zip(order, order[1:], strict=False):
+        moved[after] = max(moved[after], moved[before] + gap)
+    shift = (sum(moved) - sum(positions)) / len(moved) if moved else 0.0
+    return [position - shift for position in moved]
+
+
+def _shortened(text: str, length: int) -> str:
+    """Return the end of a dotted name, which tells layers apart, in at most `length` characters."""
+    return text if len(text) <= length else "…" + text[-(length - 1) :]
+
+
+def _mean_curve(rows: Sequence[TrainingRow], field: str) -> list[float]:
+    """Mean over the seeds of each epoch that all of them have."""
+    length = min(len(row.epochs) for row in rows)
+    return [sum(getattr(row.epochs[i], field) for row in rows) / len(rows) for i in range(length)]
+
+
+def training_curves(
+    training: Sequence[TrainingRow], field: str, axis: str, *, width: int, name: str, one_shot: AccuracyRow | None = None
+) -> str:
+    """Return one panel: `field` of every epoch, thin a seed, thick their mean, directly labelled.
+
+    The retrainings begin where the dense training ended, at the vertical line where the network was pruned; a cross there
+    marks the mean right after pruning. The vertical range is that of the last three quarters of each training.
+    """
+    groups = {v: [row for row in training if row.variant == v and row.epochs] for v in VARIANT_COLOUR}
+    groups = {v: rows for v, rows in groups.items() if rows}
+    pruned_at = max((row.epochs[-1].number for row in groups.get("dense", [])), default=0)
+    with _figure(width, 260) as figure:
+        axes = figure.add_axes((48 / width, 40 / 260, 1 - (48 + 60) / width, 1 - (40 + 26) / 260))
+        settled: list[float] = []
+        ends: list[tuple[str, float, float]] = []
+        for variant, rows in groups.items():
+            start = 0 if variant == "dense" else pruned_at
+            style: dict[str, Any] = {"color": VARIANT_COLOUR[variant], "linestyle": VARIANT_DASHES[variant]}
+            for row in rows:
+                values = [getattr(epoch, field) for epoch in row.epochs]
+                settled += values[len(values) // 4 :]
+                if len(rows) > 1:
+                    axes.plot([start + e.number for e in row.epochs], values, linewidth=0.8, alpha=0.4, **style)
+            mean = _mean_curve(rows, field)
+            numbers = [start + e.number for e in rows[0].epochs[: len(mean)]]
+            alone = "o" if len(mean) == 1 else ""
+            axes.plot(numbers, mean, linewidth=2, marker=alone, **style)
+            ends.append((variant, numbers[-1], mean[-1]))
+        low, high = min(settled), max(settled)
+        room = 0.08 * (high - low) or max(abs(high), 1.0) * 0.05
+        axes.set_ylim(low - room, high + room)
+        if pruned_at and len(groups) > 1:
+            _mark_pruning(axes, pruned_at, one_shot, field)
+        _label_ends(axes, ends)
+        axes.set_xlabel("epoch")
+        axes.set_title(axis, loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="x", visible=False)
+        axes.margins(x=0.02)
+        axes.tick_params(length=0)
+        return _svg(figure, name, f"Line chart: {axis} by epoch, {', '.join(groups)}")
+
+
+def _mark_pruning(axes: "Axes", epoch: int, one_shot: AccuracyRow | None, field: str) -> None:
+    axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate("pruned", (epoch, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", color=MUTED)
+    if field == "metric" and one_shot is not None:
+        low, high = axes.get_ylim()
+        if low <= one_shot.mean <= high:
+            axes.plot([epoch], [one_shot.mean], marker="x", color=SPARSE, markersize=7)
+
+
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float]]) -> None:
+    """Write each variant's name right of its line, those of close lines kept apart."""
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height
+    last = max((x for _, x, _ in ends), default=0)
+    outside = [(variant, y) for variant, x, y in ends if x == last]
+    gap = (TEXT_PX + 2) * (high - low) / height
+    for (variant, _), y in zip(outside, _apart([y for _, y in outside], gap), strict=True):
+        label = axes.annotate(VARIANT_LABEL[variant], (last, y), (6, 0), textcoords="offset points", va="center", color=VARIANT_COLOUR[variant])
+        label.set_fontweight("bold")
+    for variant, x, y in ends:
+        if x != last:
+            label = axes.annotate(VARIANT_LABEL[variant], (x, y), (-6, -8), textcoords="offset points", va="top", ha="right", color=VARIANT_COLOUR[variant])
+            label.set_fontweight("bold")
+
+
+def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
+    """Return the FLOPs of each layer that ran, in the network's order, coloured by whether it is 2:4."""
+    ran = [layer for layer in layers if layer.flops is not None]
+    scale, unit = step_of(max((float(layer.flops or 0) for layer in ran), default=0.0), FLOP_STEPS, "FLOP")
+    values = [(layer.flops or 0) / scale for layer in ran]
+    colours = [SPARSE if layer.eligible else DENSE for layer in ran]
+    titles = {f"layer{i}": f"{layer.name}: {flops_text(layer.flops or 0)}, {layer.reason or '2:4'}" for i, layer in enumerate(ran)}
+    named = len(ran) <= MOST_NAMED_LAYERS
+    height = 44 + 24 * len(ran) if named else 300
+    with _figure(width, height) as figure:
+        if named:
+            length = 34 if width > 600 else 16
+            labels = [_shortened(layer.name.removesuffix(".weight"), length) for layer in ran]
+            left = 16 + 7.2 * max((len(label) for label in labels), default=0)
+            axes = figure.add_axes((left / width, 40 / height, 1 - (left + 56) / width, 1 - 44 / height))
+            bars = axes.barh(range(len(ran)), values, height=0.66, color=colours)
+            axes.set_yticks(range(len(ran)), labels)
+            axes.set_ylim(len(ran) - 0.4, -0.6)
+            axes.set_xlabel(f"{unit} per item")
+            axes.grid(axis="y", visible=False)
+            for i, value in enumerate(values):
+                axes.annotate(significant(value), (value, i), (5, 0), textcoords="offset points", va="center", color=MUTED)
+        else:
+            axes = figure.add_axes((48 / width, 40 / height, 1 - 56 / width, 1 - 68 / height))
+            bars = axes.bar(range(1, len(ran) + 1), values, width=0.8, color=colours)
+            axes.set_xlim(0, len(ran) + 1)
+            axes.set_xlabel("layer, in the network's order")
+            axes.set_title(f"{unit} per item", loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
+            axes.grid(axis="x", visible=False)
+        for i, bar in enumerate(bars):
+            bar.set_gid(f"layer{i}")
+        axes.tick_params(length=0)
+        return _svg(figure, name, f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4", titles)
+
+
+def time_by_operation(rows: Sequence[OperationTime], *, width: int, name: str) -> str:
+    """Return the microseconds of the slowest operations, dense above 2:4; the rest is one row."""
+    shown = list(rows[:MOST_OPERATIONS])
+    rest = rows[MOST_OPERATIONS:]
+    if rest:
+        shown.append(OperationTime(f"{len(rest)} others", sum(row.dense or 0.0 for row in rest), sum(row.sparse or 0.0 for row in rest)))
+    height = 44 + 40 * len(shown)
+    with _figure(width, height) as figure:
+        labels = [_shortened(row.operation, 24) for row in shown]
+        left = 16 + 7.2 * max((len(label) for label in labels), default=0)
+        axes = figure.add_axes((left / width, 40 / height, 1 - (left + 60) / width, 1 - 44 / height))
+        for offset, colour, values in ((-0.19, DENSE, [row.dense for row in shown]), (0.19, SPARSE, [row.sparse for row in shown])):
+            axes.barh([i + offset for i in range(len(shown))], [v or 0.0 for v in values], height=0.34, color=colour)
+            for i, value in enumerate(values):
+                if value is not None:
+                    axes.annotate(significant(value), (value, i + offset), (5, 0), textcoords="offset points", va="center", color=MUTED)
+        axes.set_yticks(range(len(shown)), labels)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlabel("µs per run")
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0)
+        return _svg(figure, name, "Bar chart: microseconds by operation, dense and 2:4")

@@ -1,0 +1,170 @@
+"""The report as one self-contained HTML page, made from the record alone."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from twofour.report import charts, summary, units
+from twofour.report.record import Report
+
+# CSS pixels that a chart is drawn for: the page's full and half width, and a phone's. The style sheet shows the one that fits.
+FULL_PX, HALF_PX, PHONE_PX = 1040, 500, 350
+# A longer layer table scrolls inside its own frame.
+MOST_UNFRAMED_LAYERS = 30
+
+VARIANTS = {
+    "dense": ("Dense", "as trained"),
+    "2:4 one-shot": ("2:4, one-shot", "pruned, not retrained"),
+    "2:4": ("2:4", "pruned, then retrained with the mask held"),
+    "dense + same training": ("Dense + same training", "control: the 2:4 network's retraining, nothing pruned"),
+}
+
+
+def _number(value: float, text: str) -> Markup:
+    """Return the text of a number with its exact value beside it, for programs that read the page."""
+    return Markup('<data value="{}">{}</data>').format(value, text.replace(" ", "\u00a0"))
+
+
+def _optional(show: Callable[[float], str]) -> Callable[[float | None], Markup]:
+    def shown(value: float | None) -> Markup:
+        return Markup(units.NOT_KNOWN) if value is None else _number(value, show(value))
+
+    return shown
+
+
+def metric_decimals(report: Report) -> int:
+    """Return the digits after the point that the metric is shown with: two in percent, else four significant ones."""
+    if report.metric_unit == "%":
+        return 2
+    largest = max((abs(value) for row in report.accuracy for value in row.values if math.isfinite(value)), default=0.0)
+    return max(0, 3 - math.floor(math.log10(largest))) if largest else 2
+
+
+def _filters(report: Report) -> dict[str, Callable[..., Markup]]:
+    decimals = metric_decimals(report)
+    unit = f" {report.metric_unit}" if report.metric_unit else ""
+    points = " points" if report.metric_unit == "%" else unit
+    return {
+        "count": _optional(lambda value: f"{value:,}"),
+        "size": _optional(units.bytes_text),
+        "flops": _optional(units.flops_text),
+        "share": _optional(units.share_text),
+        "change": _optional(lambda value: units.signed(100 * value, 1) + " %"),
+        "ms": _optional(units.milliseconds_text),
+        "plain": _optional(units.significant),
+        "seconds": _optional(lambda value: f"{units.fixed(value, 1)} s"),
+        "tiny": _optional(lambda value: f"{value:.1e}"),
+        "metric": _optional(lambda value: units.fixed(value, decimals) + unit),
+        "metric_bare": _optional(lambda value: units.fixed(value, decimals)),
+        "metric_change": _optional(lambda value: units.signed(value, decimals) + points),
+    }
+
+
+def _ratio_change(dense: float | None, sparse: float | None) -> float | None:
+    """Return sparse / dense − 1, None where one is missing or dense is 0."""
+    return None if dense is None or sparse is None or dense == 0 else sparse / dense - 1
+
+
+def _of(row: object | None, field: str) -> float | None:
+    """Return a field of a row that may be missing."""
+    return None if row is None else getattr(row, field)
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Return a nested table as dotted keys and their values as JSON."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _both_widths(draw: Callable[[int, str], str], name: str, width: int = FULL_PX) -> Markup:
+    """Return a chart drawn for the page and again for a phone, in frames that the style sheet shows one of."""
+    wide, narrow = Markup(draw(width, f"{name}-wide")), Markup(draw(PHONE_PX, f"{name}-narrow"))
+    return Markup('<div class="chart wide">{}</div><div class="chart narrow">{}</div>').format(wide, narrow)
+
+
+def _draw(report: Report) -> dict[str, Markup]:
+    """Return the charts that the record has data for, by name."""
+    drawn: dict[str, Markup] = {}
+    if any(row.epochs for row in report.training):
+        one_shot = summary.accuracy_row(report, "2:4 one-shot")
+        unit = f", {report.metric_unit}" if report.metric_unit else ""
+        for field, axis in (("loss", "training loss"), ("metric", f"{report.metric} on the validation set{unit}")):
+            drawn[field] = _both_widths(
+                lambda width, name, field=field, axis=axis: charts.training_curves(  # type: ignore[misc]
+                    report.training, field, axis, width=width, name=name, one_shot=one_shot
+                ),
+                f"curve-{field}",
+                HALF_PX,
+            )
+    if any(layer.flops for layer in report.layers):
+        drawn["flops"] = _both_widths(lambda width, name: charts.flops_by_layer(report.layers, width=width, name=name), "flops")
+    times = summary.time_by_operation(report)
+    if times:
+        drawn["time"] = _both_widths(lambda width, name: charts.time_by_operation(times, width=width, name=name), "time")
+    return drawn
+
+
+def render(report: Report) -> str:
+    """Return the page: one HTML document without links to anything outside it; what the record lacks is left out or said to be missing.
+
+    Every number in the text stands in a `<data>` element whose value is the record's, or a difference, ratio or sum of such.
+    """
+    loader = jinja2.PackageLoader("twofour.report", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(_filters(report))
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        variants=VARIANTS,
+        rows={variant: row for variant in VARIANTS if (row := summary.accuracy_row(report, variant))},
+        coverage=summary.coverage(report),
+        speeds=summary.speed_pairs(report),
+        memories=summary.memory_pairs(report),
+        sizes=summary.size_pairs(report),
+        profile=summary.profile_pairs(report),
+        agreements={row.variant: row for row in report.agreement},
+        headline_speed=summary.headline_speed(report),
+        headline_size=summary.headline_size(report),
+        passed=sum(check.passed for check in report.checks),
+        ratio_change=_ratio_change,
+        of=_of,
+        recipe=_flat(report.recipe),
+        charts=_draw(report),
+        long_table=len(report.layers) > MOST_UNFRAMED_LAYERS,
+        permuted=any(layer.permuted for layer in report.layers),
+        seconds=sum(report.stage_seconds.values()),
+    )
+
+
+def write_page(report: Report, path: str | Path) -> None:
+    """Write the page of `report` to `path`: aside first, then renamed, so that no reader meets half of it."""
+    path = Path(path)
+    text = render(report)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """Return the process's umask; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
