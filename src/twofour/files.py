@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from twofour.errors import InputError
 
 
@@ -25,12 +27,15 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"file {str(path)!r} cannot be written: its folder does not exist; make it first")
     try:
         yield aside
         aside.chmod(0o666 & ~_umask())
         os.replace(aside, path)
-    except OSError as error:
-        raise InputError(f"file {str(path)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"file {str(path)!r} cannot be written: {reason}") from error
     finally:
         aside.unlink(missing_ok=True)
 

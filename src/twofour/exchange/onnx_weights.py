@@ -32,7 +32,10 @@ class WeightUse:
 
 
 def source_of(value: ir.Value | None, axis: int) -> tuple[ir.Value, int] | None:
-    """Follow `value` back through casts, Q/DQ and transposes to an initializer; return it and the axis there, or None."""
+    """Follow `value` back through casts, Q/DQ and transposes to an initializer; return it and the axis there, or None.
+
+    A negative axis counts from the end.
+    """
     while value is not None:
         if value.const_value is not None and value.is_initializer():
             return value, axis
@@ -41,10 +44,8 @@ def source_of(value: ir.Value | None, axis: int) -> tuple[ir.Value, int] | None:
             return None
         if node.op_type == "Transpose":
             perm = node.attributes.get_ints("perm", None)
-            rank = len(value.shape) if value.shape is not None else None
-            if perm is None and rank is None:
-                return None
-            axis = perm[axis] if perm is not None else (rank or 0) - 1 - axis
+            # Without perm the axes are reversed; a negative axis counts from the end, as in Python.
+            axis = perm[axis] if perm is not None else -1 - axis
         elif node.op_type == "Constant" and value.const_value is not None:
             return value, axis
         elif node.op_type not in TRANSPARENT:
@@ -53,8 +54,8 @@ def source_of(value: ir.Value | None, axis: int) -> tuple[ir.Value, int] | None:
     return None
 
 
-def candidates(node: ir.Node) -> list[tuple[int, int | None]]:
-    """Return (input index, reduction axis of that input) of the operands that may be weights; axis None: second from last, by rank."""
+def candidates(node: ir.Node) -> list[tuple[int, int]]:
+    """Return (input index, reduction axis of that input) of the operands that may be weights; a negative axis counts from the end."""
     if node.op_type == "Conv":
         return [(1, 1)]
     if node.op_type == "ConvTranspose":
@@ -63,7 +64,7 @@ def candidates(node: ir.Node) -> list[tuple[int, int | None]]:
         trans_a, trans_b = node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0)
         return [(0, 0 if trans_a else 1), (1, 1 if trans_b else 0)]
     if node.op_type == "MatMul":
-        return [(0, -1), (1, None)]
+        return [(0, -1), (1, -2)]
     return []
 
 
@@ -74,8 +75,6 @@ def reason_against(node: ir.Node, values: npt.NDArray[Any], axis: int) -> str:
     groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
     if groups > 1:
         return "depthwise convolution" if values.shape[1] == 1 else f"grouped convolution ({groups} groups)"
-    if values.ndim < 2:
-        return "a vector"
     if values.shape[axis] % 4:
         return f"{values.shape[axis]} input channels are not a multiple of 4"
     return ""
@@ -91,21 +90,15 @@ def weights_of(model: ir.Model) -> list[WeightUse]:
             operand = node.inputs[index] if index < len(node.inputs) else None
             if operand is None:
                 continue
-            rank = len(operand.shape) if operand.shape is not None else None
-            if axis is None or axis < 0:
-                if rank is None and operand.const_value is not None:
-                    rank = len(operand.const_value.shape)
-                if rank is None:
-                    continue
-                axis = max(rank - 2, 0) if axis is None else rank - 1
             found = source_of(operand, axis)
             if found is None:
                 continue
             value, own_axis = found
             assert value.const_value is not None
             values = value.const_value.numpy()
-            if values.ndim == 0 or own_axis >= values.ndim:
+            if values.ndim < 2:
                 continue
+            own_axis %= values.ndim
             is_number = np.issubdtype(values.dtype, np.floating) or values.dtype.itemsize <= 2
             if is_number:
                 uses.append(

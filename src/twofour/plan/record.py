@@ -1,6 +1,6 @@
 """The Plan record and its file format.
 
-A plan is one safetensors file. Its metadata holds `format: twofour.plan` and `plan`, a JSON object with `schema`, `backend`, `device`,
+A plan is one safetensors file. Its metadata holds one entry, `twofour.plan`, a JSON object with `schema`, `backend`, `device`,
 `precision`, `sparsity`, `batches`, `inputs`, `outputs` and `about`; its tensors hold the backend's payload. For the backend
 `onnxruntime` that is one tensor `onnx` of uint8: the bytes of an ONNX file.
 """
@@ -17,9 +17,10 @@ from twofour.errors import PlanFormatError
 from twofour.files import written_aside
 
 SCHEMA = 1
-FORMAT = "twofour.plan"
+# NOTE: one entry only. The safetensors library writes several in an order that changes from run to run, and a plan is byte-exact.
+KEY = "twofour.plan"
 BACKENDS = ("onnxruntime",)
-MAX_METADATA_BYTES = 64 << 20
+DTYPES = frozenset({"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Plan:
 
         header = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "payload"}}
         with written_aside(path) as aside:
-            save_file(self.payload, aside, {"format": FORMAT, "plan": json.dumps(header, sort_keys=True)})
+            save_file(self.payload, aside, {KEY: json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -89,12 +90,12 @@ class Plan:
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if KEY not in metadata:
                     raise PlanFormatError(f"{str(path)!r} is a safetensors file but no plan; make one with twofour build")
                 payload = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise PlanFormatError(f"plan {str(path)!r} is damaged: {error}") from error
-        return cls._from_header(metadata.get("plan", ""), payload, str(path))
+        return cls._from_header(metadata[KEY], payload, str(path))
 
     @classmethod
     def _from_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
@@ -137,5 +138,6 @@ def _size(value: Any) -> int:
 
 def _value(value: Any) -> ValueSpec:
     shape = tuple(None if s is None else _size(s) for s in value["shape"])
-    np.dtype(value["dtype"])
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {value['dtype']!r}")
     return ValueSpec(str(value["name"]), str(value["dtype"]), shape)

@@ -176,7 +176,9 @@ def training_curves(
 
 def _mark_pruning(axes: "Axes", epoch: int, one_shot: AccuracyRow | None, field: str) -> None:
     axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-    axes.annotate("pruned", (epoch, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", color=MUTED)
+    axes.annotate(
+        "pruned", (epoch, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", color=MUTED
+    )
     if field == "metric" and one_shot is not None:
         low, high = axes.get_ylim()
         if low <= one_shot.mean <= high:
@@ -191,11 +193,15 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float]]) -> None:
     outside = [(variant, y) for variant, x, y in ends if x == last]
     gap = (TEXT_PX + 2) * (high - low) / height
     for (variant, _), y in zip(outside, _apart([y for _, y in outside], gap), strict=True):
-        label = axes.annotate(VARIANT_LABEL[variant], (last, y), (6, 0), textcoords="offset points", va="center", color=VARIANT_COLOUR[variant])
+        label = axes.annotate(
+            VARIANT_LABEL[variant], (last, y), (6, 0), textcoords="offset points", va="center", color=VARIANT_COLOUR[variant]
+        )
         label.set_fontweight("bold")
     for variant, x, y in ends:
         if x != last:
-            label = axes.annotate(VARIANT_LABEL[variant], (x, y), (-6, -8), textcoords="offset points", va="top", ha="right", color=VARIANT_COLOUR[variant])
+            label = axes.annotate(
+                VARIANT_LABEL[variant], (x, y), (-6, -8), textcoords="offset points", va="top", ha="right", color=VARIANT_COLOUR[variant]
+            )
             label.set_fontweight("bold")
 
 

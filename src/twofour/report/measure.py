@@ -9,8 +9,8 @@ from typing import Any
 from twofour.builder import build
 from twofour.errors import InputError
 from twofour.plan import Plan
-from twofour.report.memory import measure_peak_bytes
 from twofour.runtime import Engine
+from twofour.runtime.memory import measure_peak_bytes
 from twofour.timing import Timing, time_interleaved
 
 

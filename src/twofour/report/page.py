@@ -121,9 +121,7 @@ def render(report: Report) -> str:
     Every number in the text stands in a `<data>` element whose value is the record's, or a difference, ratio or sum of such.
     """
     loader = jinja2.PackageLoader("twofour.report", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(_filters(report))
     return environment.get_template("report.html.j2").render(
         report=report,

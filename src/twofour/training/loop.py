@@ -72,7 +72,7 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite.
-        InputError: distillation without a teacher, a model without trainable parameters, less data than one batch.
+        InputError: distillation without a teacher, a model without trainable parameters, no data.
     """
     if recipe.distillation.weight and teacher is None:
         raise InputError("the recipe asks for distillation, expected a teacher; pass teacher=")
@@ -97,10 +97,10 @@ def _epochs(
 ) -> list[Epoch]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
+    if not len(data.train):  # type: ignore[arg-type]
+        raise InputError(f"data {data.name!r} has no training items, expected at least one")
     batches = loader(data, "train", recipe.batch, generator)
     num_steps = recipe.epochs * len(batches)
-    if not num_steps:
-        raise InputError(f"data {data.name!r} has no training batch of {recipe.batch} items; lower the recipe's batch")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(recipe.schedule, min(step, num_steps) / num_steps))
     if teacher is not None:
         teacher.eval()

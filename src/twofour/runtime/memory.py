@@ -1,4 +1,4 @@
-"""Peak memory of an engine, measured in a process of its own: `python -m twofour.report.memory PLAN BATCH` prints bytes."""
+"""Peak memory of an engine, measured in a process of its own, which imports nothing but the runtime."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def peak_bytes_of_run(plan_path: str, batch: int) -> int:
     """
     import onnxruntime  # noqa: F401 - imported first, so that its own memory is part of the base
 
-    from twofour.runtime import load
+    from twofour.runtime.engine import load
 
     base, _ = resident_bytes()
     engine = load(plan_path)
@@ -48,7 +48,7 @@ def measure_peak_bytes(plan_path: Path, batch: int) -> int:
     Raises:
         TwofourError: the process failed; the message holds its last line.
     """
-    command = [sys.executable, "-m", "twofour.report.memory", str(plan_path), str(batch)]
+    command = [sys.executable, "-c", "from twofour.runtime.memory import main; main()", str(plan_path), str(batch)]
     # The child finds the package where this process found it, installed or not.
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
@@ -58,5 +58,6 @@ def measure_peak_bytes(plan_path: Path, batch: int) -> int:
     return int(done.stdout)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the peak of `sys.argv[1]` at batch `sys.argv[2]`: the body of the process that `measure_peak_bytes` starts."""
     sys.stdout.write(f"{peak_bytes_of_run(sys.argv[1], int(sys.argv[2]))}\n")

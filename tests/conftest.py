@@ -1,0 +1,51 @@
+"""Shared: small trained things, made once a worker."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import twofour
+from twofour.compress import Compression, compress
+from twofour.sources import Task, resolve_model, resolve_task
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Task:
+    return resolve_task("digits")
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Compression:
+    """A whole compress of two epochs and two seeds."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    return compress("demo", "digits", out=out, epochs=2, seeds=2, measure_seconds=0.3, command="twofour compress demo --data digits")
+
+
+@pytest.fixture
+def demo_net() -> nn.Module:
+    torch.manual_seed(0)
+    return resolve_model("demo").make(10)
+
+
+@pytest.fixture(scope="session")
+def _pruned(digits: Task) -> tuple[nn.Module, twofour.Pruning]:
+    torch.manual_seed(0)
+    model = resolve_model("demo").make(10).eval()
+    return model, twofour.prune(model, digits.example_inputs())
+
+
+@pytest.fixture
+def pruned_net(_pruned: tuple[nn.Module, twofour.Pruning]) -> tuple[nn.Module, twofour.Pruning]:
+    return copy.deepcopy(_pruned[0]), _pruned[1]
+
+
+@pytest.fixture(scope="session")
+def sparse_onnx(_pruned: tuple[nn.Module, twofour.Pruning], digits: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "sparse.onnx"
+    twofour.export(_pruned[0], digits.example_inputs(), path, pruning=_pruned[1])
+    return path
