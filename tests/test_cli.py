@@ -1,0 +1,154 @@
+"""The command line as a user types it: each step on its own, one sentence and exit code 2 for what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twofour.cli import main
+from twofour.cli.group import COMMANDS
+from twofour.compress import Compression
+from twofour.version import __version__
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Run `twofour …` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: str | Path) -> Outcome:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_version_and_help(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("--version").out.split()[-1] == __version__
+    text = run("--help").out
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_its_first_line_says_what_it_does(run, name: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = run(name, "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"Usage: twofour {name} ")
+
+
+def test_the_steps_on_their_own(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    assert run("train", "demo", "--data", "digits", "--epochs", "1", "--out", "dense.safetensors").code == 0
+    pruned = run("prune", "demo", "--data", "digits", "--weights", "dense.safetensors", "--out", "pruned.safetensors")
+    assert "8 of 10 layers 2:4" in pruned.out
+    assert "classifier: the last linear" in pruned.out
+    trained = run(
+        "train", "demo", "--data", "digits", "--weights", "pruned.safetensors", "--epochs", "1", "--out", "sparse.safetensors"
+    )
+    assert "Checkpoint(demo, 2:4, accuracy" in trained.out
+    assert run("inspect", "sparse.safetensors", "--require").code == 0
+    assert run("inspect", "dense.safetensors", "--require").code == 1
+    exported = run("export", "demo", "--data", "digits", "--weights", "sparse.safetensors", "--out", "sparse.onnx")
+    assert "8 of 8 eligible weights are 2:4" in exported.out
+    built = run("build", "sparse.onnx", "-o", "model.plan")
+    assert "no sparse kernels: ONNX Runtime has no 2:4 kernel on a CPU" in built.out
+    np.save("x.npy", np.random.default_rng(0).standard_normal((5, 1, 8, 8)).astype(np.float32))
+    assert "float32[5, 10]" in run("run", "model.plan", "--input", "x.npy", "--output", "y.npz").out
+    with np.load("y.npz") as outputs:
+        assert [v.shape for v in outputs.values()] == [(5, 10)]
+    measured = json.loads(
+        run("measure", "model.plan", "sparse.onnx", "--batch", "2", "--seconds", "0.1", "--no-memory", "--json").out
+    )
+    assert [row["name"] for row in measured] == ["model.plan", "sparse.onnx"]
+    table = run("measure", "model.plan", "--batch", "1", "--seconds", "0.1", "--no-memory").out
+    assert "median ms" in table
+    assert not list(Path().glob(".*"))
+
+
+def test_inspect_as_json(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    value = json.loads(run("inspect", short_run.out / "sparse.onnx", "--json").out)
+    assert value["is_24"] is True
+    assert sum(w["is_24"] and w["required"] for w in value["weights"]) == 8
+
+
+def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> None:  # type: ignore[no-untyped-def]
+    text = run("doctor").out
+    for word in ("torch", "onnxruntime", "cuda-core", "backend onnxruntime: works"):
+        assert word in text
+    for line in text.splitlines():
+        if "│ –" in line:
+            assert "pip install" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["compres"], r"no such command 'compres', expected one of compress, .*did you mean 'compress'\?"),
+        (["compress"], r"missing argument 'MODEL'"),
+        (["compress", "demo"], r"missing option '--data'"),
+        (["compress", "demo", "--data", "digits", "--sedes", "3"], r"no such option.*--sedes"),
+        (["compress", "demo", "--data", "digits", "--epochs", "-1"], r"-1 is not in the range"),
+        (["compress", "demo", "--data", "digits", "--seeds", "0"], r"0 is not in the range"),
+        (["compress", "demo", "--data", "digitz"], r"data 'digitz' is unknown.*did you mean 'digits'\?"),
+        (["prune", "demo", "--data", "digits", "--out", "x.safetensors"], r"prune: no weights given, expected --weights FILE"),
+        (["export", "demo", "--data", "digits", "--out", "x.onnx"], r"export: no weights given"),
+        (["train", "demo", "--data", "digits", "--out", "no/such/x.safetensors"], r"folder '.*no/such' of --out does not exist"),
+        (["build", "none.onnx", "-o", "x.plan"], r"ONNX file 'none.onnx' does not exist"),
+        (["build", "none.onnx", "-o", "x.plan", "--batch", "1,x"], r"--batch '1,x' is no list of sizes"),
+        (["run", "none.plan", "--input", "x.npy", "--output", "y.npz"], r"plan 'none.plan' does not exist"),
+        (["measure"], r"missing argument 'FILES\.\.\.'"),
+        (["measure", "none.onnx"], r"measure: file 'none.onnx' does not exist"),
+        (["inspect", "none.onnx"], r"inspect: file 'none.onnx' does not exist"),
+    ],
+)
+def test_what_is_wrong_gets_one_sentence_and_exit_code_2(run, tmp_path: Path, args: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = run(*args)
+    assert outcome.code == 2
+    assert re.search(sentence, outcome.err, re.IGNORECASE), outcome.err
+    assert outcome.err.startswith("twofour: ")
+    assert "Traceback" not in outcome.err
+    assert not [p for p in tmp_path.iterdir() if p.suffix]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "input file 'x.npz' does not exist"),
+        (b"junk", r"is no \.npy or \.npz of plain arrays"),
+    ],
+)
+def test_run_refuses_bad_inputs(run, short_run: Compression, content: bytes | None, sentence: str) -> None:  # type: ignore[no-untyped-def]
+    if content is not None:
+        Path("x.npz").write_bytes(content)
+    outcome = run("run", short_run.out / "model.plan", "--input", "x.npz", "--output", "y.npz")
+    assert outcome.code == 2
+    assert re.search(sentence, outcome.err)
+    np.savez("other.npz", other=np.ones(3))
+    assert "also needs ['x']" in run("run", short_run.out / "model.plan", "--input", "other.npz", "--output", "y.npz").err
+    np.save("object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    assert "of plain arrays" in run("run", short_run.out / "model.plan", "--input", "object.npy", "--output", "y.npz").err
+    assert not Path("y.npz").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from twofour.errors import InputError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        main(["--debug", "inspect", "none.onnx"])
+
+
+def test_a_terminal_without_colour_gets_plain_text(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "twofour", "doctor"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "\x1b" not in done.stdout

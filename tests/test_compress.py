@@ -1,0 +1,144 @@
+"""The main job, short: every file is there, every number comes from a run, the checks are real."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import twofour
+from twofour.compress import Compression, compress
+from twofour.compress.events import EpochFinished, Event, StageFinished, StageStarted
+from twofour.errors import InputError, VerificationError
+from twofour.report import Report
+from twofour.sources import Task
+from twofour.training import Checkpoint
+
+FILES = ["dense.onnx", "dense.safetensors", "log.txt", "model.plan", "report.html", "report.json", "sparse.onnx", "sparse.safetensors"]
+
+
+def test_the_folder_holds_exactly_the_promised_files(short_run: Compression) -> None:
+    assert sorted(p.name for p in short_run.out.iterdir()) == FILES
+
+
+def test_the_files_come_from_the_first_seed_and_carry_the_numbers_of_the_table(short_run: Compression, digits: Task) -> None:
+    report = short_run.report
+    for variant, stem in (("dense", "dense"), ("2:4", "sparse")):
+        checkpoint = Checkpoint.load(short_run.out / f"{stem}.safetensors")
+        assert checkpoint.metric == report.accuracy_of(variant).values[0]
+        engine = twofour.load(twofour.build(short_run.out / f"{stem}.onnx"))
+        images, labels = digits.validation[list(range(360))]
+        accuracy = 100 * float((engine(images).argmax(1) == labels).double().mean())
+        agreement = next(a for a in report.agreement if a.variant == variant)
+        assert accuracy == pytest.approx(agreement.engine_metric)
+
+
+def test_sparse_is_sparse_and_dense_is_dense(short_run: Compression) -> None:
+    for name in ("sparse.onnx", "sparse.safetensors", "model.plan"):
+        assert twofour.inspect(short_run.out / name).is_24, name
+    for name in ("dense.onnx", "dense.safetensors"):
+        assert not twofour.inspect(short_run.out / name).is_24, name
+
+
+def test_the_report_has_four_variants_over_all_seeds_and_says_what_the_cpu_cannot(short_run: Compression) -> None:
+    report = short_run.report
+    assert [row.variant for row in report.accuracy] == ["dense", "2:4 one-shot", "2:4", "dense + same training"]
+    assert all(len(row.values) == 2 for row in report.accuracy)
+    assert report.seeds == [0, 1]
+    assert not report.sparse_kernels
+    assert "has no sparse kernel" in report.statement
+    assert all(check.passed for check in report.checks)
+    assert len(report.training) == 6
+    assert {(row.variant, row.batch) for row in report.speed} == {("dense", 1), ("2:4", 1), ("dense", 32), ("2:4", 32)}
+    assert all(row.n >= 30 for row in report.speed)
+    assert {row.variant for row in report.profile} == {"dense", "2:4"}
+    assert sum(row.share for row in report.profile if row.variant == "2:4") == pytest.approx(1)
+
+
+def test_report_json_reads_back(short_run: Compression, tmp_path: Path) -> None:
+    assert Report.load(short_run.out / "report.json") == short_run.report
+    text = (short_run.out / "report.json").read_text()
+    (tmp_path / "other.json").write_text(text.replace('"schema_version": 1', '"schema_version": 9'))
+    with pytest.raises(InputError, match="has schema 9, this version reads 1"):
+        Report.load(tmp_path / "other.json")
+    (tmp_path / "cut.json").write_text(text[:100])
+    with pytest.raises(InputError, match="is damaged or of another version"):
+        Report.load(tmp_path / "cut.json")
+    with pytest.raises(InputError, match="does not exist"):
+        Report.load(tmp_path / "none.json")
+
+
+def test_the_log_tells_every_epoch(short_run: Compression) -> None:
+    log = (short_run.out / "log.txt").read_text()
+    assert len(re.findall(r"epoch \d+: loss", log)) == 2 * 3 * 2
+    assert "Exported(" in log
+
+
+def test_the_same_seed_gives_the_same_weights(short_run: Compression, tmp_path: Path) -> None:
+    again = compress("demo", "digits", out=tmp_path / "again", epochs=2, seed=0, measure_seconds=0.05)
+    ours, theirs = (Checkpoint.load(folder / "sparse.safetensors").state for folder in (again.out, short_run.out))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_replace_the_dense_training_and_events_come_in_order(short_run: Compression, tmp_path: Path) -> None:
+    events: list[Event] = []
+    weights = short_run.out / "dense.safetensors"
+    done = compress("demo", "digits", out=tmp_path / "run", weights=weights, epochs=1, measure_seconds=0.05, listener=events.append)
+    assert done.report.accuracy_of("dense").values == [short_run.report.accuracy_of("dense").values[0]]
+    assert {row.variant for row in done.report.training} == {"2:4", "dense + same training"}
+    started = [e.stage for e in events if isinstance(e, StageStarted)]
+    assert started == [e.stage for e in events if isinstance(e, StageFinished)]
+    assert started == ["train, prune, retrain", "check", "export", "build", "measure", "report"]
+    assert sum(isinstance(e, EpochFinished) for e in events) == events[0].steps == 2  # type: ignore[union-attr]
+
+
+def test_weights_that_come_back_stop_the_run_before_anything_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twofour.training import loop
+
+    monkeypatch.setattr(loop, "derive_masks", lambda model: {})
+    with pytest.raises(VerificationError, match=r"masks held through training, seed 0: 8 layers, \d+ of the pruned weights are not \+0"):
+        compress("demo", "digits", out=tmp_path / "run", epochs=1)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "expected seed of 0 or more and at least one seed"),
+        ({"epochs": 0}, "epochs 0, expected 1 or more"),
+        ({"model": "dmeo"}, r"model 'dmeo' is unknown, expected one of \['demo'\]; did you mean 'demo'\?"),
+        ({"data": "digit"}, r"data 'digit' is unknown, expected one of \['digits'\]; did you mean 'digits'\?"),
+        ({"recipe": "digitz"}, r"recipe 'digitz' is neither a file nor one of"),
+        ({"weights": "none.safetensors"}, r"weights file 'none.safetensors' does not exist"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    request: dict[str, object] = {"model": "demo", "data": "digits", **change}
+    model, data = str(request.pop("model")), str(request.pop("data"))
+    with pytest.raises(InputError, match=message):
+        compress(model, data, out=tmp_path / "run", **request)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite, message in ((False, "is not empty"), (True, "holds files that no run of twofour wrote")):
+        with pytest.raises(InputError, match=message):
+            compress("demo", "digits", out=tmp_path, overwrite=overwrite)
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        compress("demo", "digits", out=tmp_path / "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_weights_that_do_not_fit_name_the_first_differences(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"stem.0.weight": torch.ones(2)}, tmp_path / "few.safetensors")
+    with pytest.raises(InputError, match=r"does not fit the model: \d+ names missing \(first: \['classifier.bias'"):
+        compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "few.safetensors")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(InputError, match="neither safetensors nor a torch state dict of plain tensors"):
+        compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "junk.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="holds list, expected a dict of tensors"):
+        compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "list.pt")
