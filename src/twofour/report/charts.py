@@ -1,6 +1,8 @@
-"""The report's charts as inline SVG: text stays text, and every colour is a variable of the page, so that dark mode and print restyle them."""
+"""The report's charts as inline SVG: text stays text, and each colour is a variable of the page, so that dark mode and print apply."""
 
 import io
+import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +50,8 @@ def _figure(width: int, height: int) -> Iterator["Figure"]:
                 "svg.fonttype": "none",
                 "svg.hashsalt": "twofour",
                 "font.size": TEXT_PX,
+                "figure.facecolor": "none",
+                "axes.facecolor": "none",
                 "text.color": INK,
                 "text.parse_math": False,
                 "axes.labelcolor": MUTED,
@@ -114,7 +118,7 @@ def _apart(positions: Sequence[float], gap: float) -> list[float]:
     """Return the positions moved up as little as a sweep allows, so that neighbours are at least `gap` apart, about the same centre."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     moved = list(positions)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     shift = (sum(moved) - sum(positions)) / len(moved) if moved else 0.0
     return [position - shift for position in moved]
@@ -139,6 +143,8 @@ def training_curves(
     The retrainings begin where the dense training ended, at the vertical line where the network was pruned; a cross there
     marks the mean right after pruning. The vertical range is that of the last three quarters of each training.
     """
+    from matplotlib.ticker import MaxNLocator
+
     groups = {v: [row for row in training if row.variant == v and row.epochs] for v in VARIANT_COLOUR}
     groups = {v: rows for v, rows in groups.items() if rows}
     pruned_at = max((row.epochs[-1].number for row in groups.get("dense", [])), default=0)
@@ -159,6 +165,7 @@ def training_curves(
             alone = "o" if len(mean) == 1 else ""
             axes.plot(numbers, mean, linewidth=2, marker=alone, **style)
             ends.append((variant, numbers[-1], mean[-1]))
+        settled = [value for value in settled if math.isfinite(value)] or [0.0]
         low, high = min(settled), max(settled)
         room = 0.08 * (high - low) or max(abs(high), 1.0) * 0.05
         axes.set_ylim(low - room, high + room)
@@ -167,18 +174,16 @@ def training_curves(
         _label_ends(axes, ends)
         axes.set_xlabel("epoch")
         axes.set_title(axis, loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(axis="x", visible=False)
         axes.margins(x=0.02)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         return _svg(figure, name, f"Line chart: {axis} by epoch, {', '.join(groups)}")
 
 
 def _mark_pruning(axes: "Axes", epoch: int, one_shot: AccuracyRow | None, field: str) -> None:
     axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-    axes.annotate(
-        "pruned", (epoch, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", color=MUTED
-    )
+    axes.annotate("pruned", (epoch, 0), (5, 4), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED)
     if field == "metric" and one_shot is not None:
         low, high = axes.get_ylim()
         if low <= one_shot.mean <= high:
@@ -228,15 +233,15 @@ def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
             for i, value in enumerate(values):
                 axes.annotate(significant(value), (value, i), (5, 0), textcoords="offset points", va="center", color=MUTED)
         else:
-            axes = figure.add_axes((48 / width, 40 / height, 1 - 56 / width, 1 - 68 / height))
+            axes = figure.add_axes((48 / width, 40 / height, 1 - (48 + 20) / width, 1 - 68 / height))
             bars = axes.bar(range(1, len(ran) + 1), values, width=0.8, color=colours)
-            axes.set_xlim(0, len(ran) + 1)
+            axes.set_xlim(0.4, len(ran) + 0.6)
             axes.set_xlabel("layer, in the network's order")
             axes.set_title(f"{unit} per item", loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
             axes.grid(axis="x", visible=False)
         for i, bar in enumerate(bars):
             bar.set_gid(f"layer{i}")
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         return _svg(figure, name, f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4", titles)
 
 
@@ -260,5 +265,5 @@ def time_by_operation(rows: Sequence[OperationTime], *, width: int, name: str) -
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlabel("µs per run")
         axes.grid(axis="y", visible=False)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         return _svg(figure, name, "Bar chart: microseconds by operation, dense and 2:4")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from twofour.report.record import Report
 FULL_PX, HALF_PX, PHONE_PX = 1040, 500, 350
 # A longer layer table scrolls inside its own frame.
 MOST_UNFRAMED_LAYERS = 30
+LONGEST_UNBROKEN_NAME = 28
 
 VARIANTS = {
     "dense": ("Dense", "as trained"),
@@ -29,6 +31,13 @@ VARIANTS = {
 def _number(value: float, text: str) -> Markup:
     """Return the text of a number with its exact value beside it, for programs that read the page."""
     return Markup('<data value="{}">{}</data>').format(value, text.replace(" ", "\u00a0"))
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that may break after each of its parts if it is too long for a line of its column."""
+    if len(name) <= LONGEST_UNBROKEN_NAME:
+        return Markup("{}").format(name)
+    return Markup("").join(part + Markup("<wbr>") if part[-1] in "./" else part for part in re.findall(r"[^./]*[./]|[^./]+", name))
 
 
 def _optional(show: Callable[[float], str]) -> Callable[[float | None], Markup]:
@@ -51,6 +60,7 @@ def _filters(report: Report) -> dict[str, Callable[..., Markup]]:
     unit = f" {report.metric_unit}" if report.metric_unit else ""
     points = " points" if report.metric_unit == "%" else unit
     return {
+        "breakable": _breakable,
         "count": _optional(lambda value: f"{value:,}"),
         "size": _optional(units.bytes_text),
         "flops": _optional(units.flops_text),

@@ -15,14 +15,16 @@ SCHEMA = 1
 
 
 class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class AccuracyRow(_Row):
     """One variant's metric, a value a seed."""
 
     variant: Literal["dense", "2:4 one-shot", "2:4", "dense + same training"]
+    """Which network: dense, just pruned, retrained with the mask held, or the control: same training, no pruning."""
     values: list[float]
+    """The metric on the validation set, one a seed, in the order of `seeds`."""
 
     @property
     def mean(self) -> float:
@@ -39,136 +41,217 @@ class EpochRow(_Row):
     """One epoch of a training."""
 
     number: int
+    """Counted from 1 within its training."""
     loss: float
+    """Mean training loss."""
     metric: float
+    """The metric on the validation set after the epoch."""
     lr: float
+    """Learning rate at the end of the epoch."""
     seconds: float
+    """Wall time."""
 
 
 class TrainingRow(_Row):
     """One training's curve."""
 
     variant: Literal["dense", "2:4", "dense + same training"]
+    """Which training."""
     seed: int
+    """Its seed."""
     epochs: list[EpochRow]
+    """In order."""
 
 
 class LayerRow(_Row):
     """One weight: what was decided and why."""
 
     name: str
+    """The parameter's name in the model."""
     kind: str
+    """Class of the module that holds it."""
     shape: list[int]
+    """`[out, in, *kernel]`."""
     parameters: int
+    """Number of elements."""
     flops: int | None
+    """Multiply-adds × 2 for one item; null where the model did not run the layer."""
     eligible: bool
+    """Whether it was pruned to 2:4."""
     reason: str
+    """Why it was left dense; empty when pruned."""
     kept_magnitude: float | None
+    """Σ|w kept| / Σ|w|, in 0…1; null where nothing was pruned."""
     permuted: str
+    """Whether its input channels were reordered first, or why not."""
 
 
 class Check(_Row):
     """Something that was verified before anything was called sparse."""
 
     name: str
+    """What was verified."""
     passed: bool
+    """The outcome."""
     detail: str
+    """The numbers it rests on."""
 
 
 class SpeedRow(_Row):
     """Latency of one engine at one batch size: `n` interleaved samples, spread = (p90 − p10) / median."""
 
     variant: Literal["dense", "2:4"]
+    """Which engine."""
     backend: str
+    """What ran it."""
     batch: int
+    """Items a call."""
     n: int
+    """Samples, dense and 2:4 in turn."""
     median_ms: float
+    """Median latency of a call."""
     p50_ms: float
+    """50th percentile."""
     p90_ms: float
+    """90th percentile."""
     p99_ms: float
+    """99th percentile."""
     spread: float
+    """(p90 − p10) / median."""
     items_per_s: float
+    """Batch / median."""
 
 
 class SizeRow(_Row):
     """A file of the output folder."""
 
     file: str
+    """Name within the output folder."""
     variant: Literal["dense", "2:4"]
+    """Which network it holds."""
     bytes: int
+    """Size on disk."""
 
 
 class MemoryRow(_Row):
     """Peak resident memory a process gains by loading an engine and running it, at one batch size."""
 
     variant: Literal["dense", "2:4"]
+    """Which engine."""
     batch: int
+    """Items a call."""
     peak_bytes: int
+    """Peak resident memory gained."""
 
 
 class ProfileRow(_Row):
     """Where an engine's time goes, by operation."""
 
     variant: Literal["dense", "2:4"]
+    """Which engine."""
     node: str
+    """The graph node."""
     operation: str
+    """Its operation."""
     share: float
+    """Of the engine's time, in 0…1."""
     microseconds: float
+    """In one run."""
 
 
 class Agreement(_Row):
     """The engine against the torch module on the validation set."""
 
     variant: Literal["dense", "2:4"]
+    """Which engine."""
     engine_metric: float
+    """The metric from the engine's outputs."""
     torch_metric: float
+    """The metric from the module's outputs."""
     differing_predictions: int
+    """Items whose predicted class differs."""
     items: int
+    """Validation items compared."""
     largest_error: float
+    """Largest absolute difference of an output."""
 
 
 class Environment(_Row):
     """Where the numbers were taken."""
 
     python: str
+    """Version of Python."""
     platform: str
+    """Operating system and machine."""
     cpu: str
+    """The processor's name."""
     cores: int
+    """Cores this process may use."""
     memory_bytes: int
+    """Main memory."""
     gpu: str | None
+    """The GPU's name; null without one."""
     libraries: dict[str, str]
+    """Name → version."""
 
 
 class Report(_Row):
     """Everything one `compress` found."""
 
     schema_version: int = SCHEMA
+    """Version of this schema."""
     twofour: str
+    """Version of the package that wrote it."""
     created: str
+    """ISO 8601 time."""
     command: str
+    """The exact command that made the run."""
     model: str
+    """As named on the command line."""
     data: str
+    """As named on the command line."""
     metric: str
+    """What the accuracy rows measure."""
     metric_direction: Literal["higher", "lower"]
+    """Whether higher or lower is better."""
     metric_unit: str = ""
+    """Unit of the metric, `%` for a percentage; empty without one."""
     seeds: list[int]
+    """One run each; files come from the first."""
     recipe: dict[str, object]
+    """The training recipe with every default filled in."""
     method: str
+    """How the weights to prune were chosen."""
     backend: str
+    """What ran the engines."""
     sparse_kernels: bool
+    """Whether the backend has kernels that use the 2:4 pattern."""
     statement: str
+    """What may be concluded from the speed, size and memory rows."""
     environment: Environment
+    """Where it ran."""
     accuracy: list[AccuracyRow]
+    """One row a variant."""
     training: list[TrainingRow]
+    """One row a variant and seed."""
     layers: list[LayerRow]
+    """One row a weight, in the model's order."""
     checks: list[Check]
+    """What was verified."""
     speed: list[SpeedRow]
+    """One row a variant and batch."""
     memory: list[MemoryRow]
+    """One row a variant and batch."""
     sizes: list[SizeRow]
+    """One row a file."""
     profile: list[ProfileRow]
+    """One row a variant and graph node."""
     agreement: list[Agreement]
+    """One row a variant."""
     notes: list[str]
+    """Whatever else the reader should know."""
     stage_seconds: dict[str, float]
+    """Stage → wall time, in order."""
 
     def accuracy_of(self, variant: str) -> AccuracyRow:
         """Return the row of `variant`."""

@@ -1,0 +1,85 @@
+"""The report as one table at the end of a run, dense beside 2:4."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from twofour.report import summary, units
+from twofour.report.page import metric_decimals
+from twofour.report.record import AccuracyRow, Report
+
+
+def _accuracy_text(row: AccuracyRow | None, decimals: int, unit: str) -> str:
+    if row is None:
+        return units.NOT_KNOWN
+    spread = f" ± {units.fixed(row.spread, decimals)}" if len(row.values) > 1 else ""
+    return f"{units.fixed(row.mean, decimals)}{spread}{unit}"
+
+
+def _change_text(dense: float, sparse: float) -> str:
+    return f"{units.signed(100 * (sparse / dense - 1), 1)} %" if dense else ""
+
+
+def _add(table: Table, *cells: str) -> None:
+    """Add a row of plain text: square brackets in a name are not markup."""
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def _accuracy_rows(table: Table, report: Report) -> None:
+    decimals = metric_decimals(report)
+    unit = f" {report.metric_unit}" if report.metric_unit else ""
+    rows = {row.variant: row for row in report.accuracy if row.values}
+
+    def add(label: str, dense: AccuracyRow | None, sparse: AccuracyRow | None) -> None:
+        change = f"{units.signed(sparse.mean - dense.mean, decimals)}" if dense and sparse else ""
+        _add(table, label, _accuracy_text(dense, decimals, unit), _accuracy_text(sparse, decimals, unit), change)
+
+    add(f"{report.metric}, before retraining", rows.get("dense"), rows.get("2:4 one-shot"))
+    add(f"{report.metric}, after the same extra training", rows.get("dense + same training"), rows.get("2:4"))
+
+
+def _measured_rows(table: Table, report: Report) -> None:
+    for speed in summary.speed_pairs(report):
+        if speed.dense and speed.sparse:
+            for name in ("p50", "p99"):
+                dense_ms, sparse_ms = getattr(speed.dense, f"{name}_ms"), getattr(speed.sparse, f"{name}_ms")
+                label = f"latency {name}, batch {speed.dense.batch}"
+                _add(table, label, units.milliseconds_text(dense_ms), units.milliseconds_text(sparse_ms), _change_text(dense_ms, sparse_ms))
+    for size in summary.size_pairs(report):
+        if size.dense and size.sparse:
+            dense, sparse = size.dense.bytes, size.sparse.bytes
+            _add(table, f"size of the {size.label} file", units.bytes_text(dense), units.bytes_text(sparse), _change_text(dense, sparse))
+    for memory in summary.memory_pairs(report):
+        if memory.dense and memory.sparse:
+            dense, sparse = memory.dense.peak_bytes, memory.sparse.peak_bytes
+            label = f"peak memory, batch {memory.dense.batch}"
+            _add(table, label, units.bytes_text(dense), units.bytes_text(sparse), _change_text(dense, sparse))
+
+
+def _outcome(report: Report) -> Text:
+    """Return the lines below the table: how much is 2:4, the checks, the statement."""
+    covered = summary.coverage(report)
+    share = "" if covered.share_of_flops is None else f", {units.share_text(covered.share_of_flops)} of FLOPs"
+    text = Text(f"{covered.num_sparse} of {covered.num_layers} layers are 2:4{share}. ")
+    failed = [check for check in report.checks if not check.passed]
+    text.append(f"{len(report.checks) - len(failed)} of {len(report.checks)} checks passed.", style="bold red" if failed else "green")
+    for check in failed:
+        text.append(f"\nfailed: {check.name}: {check.detail}", style="red")
+    return text.append(f"\n{report.statement}", style="bold")
+
+
+def print_summary(report: Report, console: Console) -> None:
+    """Write the table and what may be concluded from it to `console`; colour is the console's decision (NO_COLOR, not a terminal)."""
+    seeds = f"{len(report.seeds)} seed{'s' if len(report.seeds) != 1 else ''}"
+    title = Text(f"{report.model} on {report.data}, {seeds}, {report.backend}")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("dense", justify="right", no_wrap=True)
+    table.add_column("2:4", justify="right", no_wrap=True, style="green")
+    table.add_column("difference", justify="right", no_wrap=True, style="dim")
+    _accuracy_rows(table, report)
+    table.add_section()
+    _measured_rows(table, report)
+    console.print(table)
+    console.print(_outcome(report))
