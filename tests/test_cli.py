@@ -48,14 +48,13 @@ def test_every_command_has_help_and_its_first_line_says_what_it_does(run, name: 
     assert outcome.out.startswith(f"Usage: twofour {name} ")
 
 
+@pytest.mark.xdist_group("short_run")
 def test_the_steps_on_their_own(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
     assert run("train", "demo", "--data", "digits", "--epochs", "1", "--out", "dense.safetensors").code == 0
     pruned = run("prune", "demo", "--data", "digits", "--weights", "dense.safetensors", "--out", "pruned.safetensors")
     assert "8 of 10 layers 2:4" in pruned.out
     assert "classifier: the last linear" in pruned.out
-    trained = run(
-        "train", "demo", "--data", "digits", "--weights", "pruned.safetensors", "--epochs", "1", "--out", "sparse.safetensors"
-    )
+    trained = run("train", "demo", "--data", "digits", "--weights", "pruned.safetensors", "--epochs", "1", "--out", "sparse.safetensors")
     assert "Checkpoint(demo, 2:4, accuracy" in trained.out
     assert run("inspect", "sparse.safetensors", "--require").code == 0
     assert run("inspect", "dense.safetensors", "--require").code == 1
@@ -67,15 +66,14 @@ def test_the_steps_on_their_own(run, short_run: Compression) -> None:  # type: i
     assert "float32[5, 10]" in run("run", "model.plan", "--input", "x.npy", "--output", "y.npz").out
     with np.load("y.npz") as outputs:
         assert [v.shape for v in outputs.values()] == [(5, 10)]
-    measured = json.loads(
-        run("measure", "model.plan", "sparse.onnx", "--batch", "2", "--seconds", "0.1", "--no-memory", "--json").out
-    )
+    measured = json.loads(run("measure", "model.plan", "sparse.onnx", "--batch", "2", "--seconds", "0.1", "--no-memory", "--json").out)
     assert [row["name"] for row in measured] == ["model.plan", "sparse.onnx"]
     table = run("measure", "model.plan", "--batch", "1", "--seconds", "0.1", "--no-memory").out
     assert "median ms" in table
     assert not list(Path().glob(".*"))
 
 
+@pytest.mark.xdist_group("short_run")
 def test_inspect_as_json(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
     value = json.loads(run("inspect", short_run.out / "sparse.onnx", "--json").out)
     assert value["is_24"] is True
@@ -121,6 +119,7 @@ def test_what_is_wrong_gets_one_sentence_and_exit_code_2(run, tmp_path: Path, ar
     assert not [p for p in tmp_path.iterdir() if p.suffix]
 
 
+@pytest.mark.xdist_group("short_run")
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

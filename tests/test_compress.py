@@ -14,6 +14,9 @@ from twofour.report import Report
 from twofour.sources import Task
 from twofour.training import Checkpoint
 
+# One worker makes the short run once.
+pytestmark = pytest.mark.xdist_group("short_run")
+
 FILES = ["dense.onnx", "dense.safetensors", "log.txt", "model.plan", "report.html", "report.json", "sparse.onnx", "sparse.safetensors"]
 
 

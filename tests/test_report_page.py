@@ -14,6 +14,7 @@ import browser
 import pytest
 from report_sample import many_layers, sample
 
+from twofour.errors import InputError
 from twofour.report import page, units
 from twofour.report.page import render, write_page
 from twofour.report.record import Report
@@ -332,7 +333,7 @@ def test_writing_replaces_the_file_whole_or_not_at_all(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
         write_page(sample(), target)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert target.read_text(encoding="utf-8") == before

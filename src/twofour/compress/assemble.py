@@ -110,6 +110,7 @@ def make_report(found: Findings) -> Report:
         model=found.model,
         data=found.data,
         metric=found.metric.name,
+        metric_unit=found.metric.unit,
         metric_direction=found.metric.direction,
         seeds=found.seeds,
         recipe=found.recipe,

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
+from twofour.files import write_text
 from twofour.report import charts, summary, units
 from twofour.report.record import Report
 
@@ -157,22 +156,9 @@ def render(report: Report) -> str:
 
 
 def write_page(report: Report, path: str | Path) -> None:
-    """Write the page of `report` to `path`: aside first, then renamed, so that no reader meets half of it."""
-    path = Path(path)
-    text = render(report)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    """Write the page of `report` to `path`.
 
-
-def _umask() -> int:
-    """Return the process's umask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
+    write_text(path, render(report))

@@ -16,6 +16,7 @@ class Metric:
     name: str
     function: Callable[[Tensor, Tensor], float]
     direction: Literal["higher", "lower"] = "higher"
+    unit: str = ""
 
     def is_better(self, a: float, b: float) -> bool:
         """Whether `a` is strictly better than `b`."""
@@ -27,7 +28,7 @@ def top1_percent(outputs: Tensor, targets: Tensor) -> float:
     return 100.0 * float((outputs.argmax(dim=1) == targets).double().mean())
 
 
-ACCURACY = Metric("accuracy", top1_percent)
+ACCURACY = Metric("accuracy", top1_percent, unit="%")
 
 
 class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):

@@ -25,12 +25,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}") from error
-    import pickle
-
     state: Any
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    # NOTE: on bytes that are no checkpoint torch.load raises whatever its parsers meet (UnpicklingError, struct.error, KeyError, …).
+    except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"weights file {str(path)!r} is neither safetensors nor a torch state dict of plain tensors: {first_line}"
