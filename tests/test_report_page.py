@@ -245,6 +245,20 @@ def test_every_layer_has_a_row_and_every_layer_that_ran_a_bar() -> None:
     assert sum(text.startswith("layer1.0.conv1.weight: 236 MFLOP, first convolution") for text in parsed.chart_words) == 2
 
 
+def test_the_time_is_charted_as_shares_so_that_a_busy_machine_shows_no_gain() -> None:
+    """Engines are profiled one after the other: twice the microseconds on one side must not look like a speed-up."""
+    report = REPORTS["three seeds"]
+    slower = [row.model_copy(update={"microseconds": 2 * row.microseconds}) if row.variant == "dense" else row for row in report.profile]
+
+    def chart(shown: Report) -> list[str]:
+        return re.findall(r"<svg[^>]*share of the engine.*?</svg>", render(shown), re.DOTALL)
+
+    assert len(chart(report)) == 2
+    assert chart(report) == chart(report.model_copy(update={"profile": slower}))
+    conv = sum(row.share for row in report.profile if row.variant == "dense" and row.operation == "Conv")
+    assert f">{100 * conv:.1f} %<" in chart(report)[0]
+
+
 def test_without_sparse_kernels_no_gain_is_claimed() -> None:
     plain, faster = render(REPORTS["three seeds"]), render(REPORTS["sparse kernels"])
     assert f'<p class="statement">{REPORTS["three seeds"].statement}</p>' in plain

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from twofour.report.record import AccuracyRow, LayerRow, TrainingRow
-from twofour.report.summary import OperationTime
-from twofour.report.units import FLOP_STEPS, flops_text, significant, step_of
+from twofour.report.summary import OperationShare
+from twofour.report.units import FLOP_STEPS, flops_text, share_text, significant, step_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,25 +245,27 @@ def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
         return _svg(figure, name, f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4", titles)
 
 
-def time_by_operation(rows: Sequence[OperationTime], *, width: int, name: str) -> str:
-    """Return the microseconds of the slowest operations, dense above 2:4; the rest is one row."""
+def share_by_operation(rows: Sequence[OperationShare], *, width: int, name: str) -> str:
+    """Return the share of each engine's time in its slowest operations, dense above 2:4; the rest is one row."""
     shown = list(rows[:MOST_OPERATIONS])
     rest = rows[MOST_OPERATIONS:]
     if rest:
-        shown.append(OperationTime(f"{len(rest)} others", sum(row.dense or 0.0 for row in rest), sum(row.sparse or 0.0 for row in rest)))
+        shown.append(OperationShare(f"{len(rest)} others", sum(row.dense or 0.0 for row in rest), sum(row.sparse or 0.0 for row in rest)))
     height = 44 + 40 * len(shown)
     with _figure(width, height) as figure:
         labels = [_shortened(row.operation, 24) for row in shown]
         left = 16 + 7.2 * max((len(label) for label in labels), default=0)
         axes = figure.add_axes((left / width, 40 / height, 1 - (left + 60) / width, 1 - 44 / height))
         for offset, colour, values in ((-0.19, DENSE, [row.dense for row in shown]), (0.19, SPARSE, [row.sparse for row in shown])):
-            axes.barh([i + offset for i in range(len(shown))], [v or 0.0 for v in values], height=0.34, color=colour)
+            axes.barh([i + offset for i in range(len(shown))], [100 * (v or 0.0) for v in values], height=0.34, color=colour)
             for i, value in enumerate(values):
                 if value is not None:
-                    axes.annotate(significant(value), (value, i + offset), (5, 0), textcoords="offset points", va="center", color=MUTED)
+                    axes.annotate(
+                        share_text(value), (100 * value, i + offset), (5, 0), textcoords="offset points", va="center", color=MUTED
+                    )
         axes.set_yticks(range(len(shown)), labels)
         axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.set_xlabel("µs per run")
+        axes.set_xlabel("% of the engine's time")
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0, pad=6)
-        return _svg(figure, name, "Bar chart: microseconds by operation, dense and 2:4")
+        return _svg(figure, name, "Bar chart: share of the engine's time by operation, dense and 2:4")

@@ -118,9 +118,9 @@ def _draw(report: Report) -> dict[str, Markup]:
             )
     if any(layer.flops for layer in report.layers):
         drawn["flops"] = _both_widths(lambda width, name: charts.flops_by_layer(report.layers, width=width, name=name), "flops")
-    times = summary.time_by_operation(report)
-    if times:
-        drawn["time"] = _both_widths(lambda width, name: charts.time_by_operation(times, width=width, name=name), "time")
+    shares = summary.share_by_operation(report)
+    if shares:
+        drawn["time"] = _both_widths(lambda width, name: charts.share_by_operation(shares, width=width, name=name), "time")
     return drawn
 
 

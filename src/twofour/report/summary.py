@@ -96,21 +96,24 @@ def coverage(report: Report) -> Coverage:
 
 
 @dataclass(frozen=True)
-class OperationTime:
-    """Time of one operation, summed over its nodes, in microseconds; None where a variant has no such node or was not profiled."""
+class OperationShare:
+    """Share of an engine's time in one operation, summed over its nodes, in 0…1; None where a variant has no such node."""
 
     operation: str
     dense: float | None
     sparse: float | None
 
 
-def time_by_operation(report: Report) -> list[OperationTime]:
-    """Return the profile summed by operation, the slowest first."""
+def share_by_operation(report: Report) -> list[OperationShare]:
+    """Return the profile summed by operation, the largest share first.
+
+    NOTE: the engines are profiled one after the other, so their microseconds carry whatever else the machine did; shares do far less.
+    """
     sums: dict[str, dict[str, float]] = {}
     for row in report.profile:
         variant = sums.setdefault(row.operation, {})
-        variant[row.variant] = variant.get(row.variant, 0.0) + row.microseconds
-    rows = [OperationTime(name, found.get("dense"), found.get("2:4")) for name, found in sums.items()]
+        variant[row.variant] = variant.get(row.variant, 0.0) + row.share
+    rows = [OperationShare(name, found.get("dense"), found.get("2:4")) for name, found in sums.items()]
     return sorted(rows, key=lambda row: -max(row.dense or 0.0, row.sparse or 0.0))
 
 
