@@ -55,7 +55,7 @@ def statement_of(plan: Plan) -> str:
     if plan.about.get("sparse_kernels"):
         return f"The {plan.backend} engine ran sparse kernels where they were faster."
     return (
-        f"This engine ran on the CPU with ONNX Runtime, which has no sparse kernel: {plan.about['why_no_sparse_kernels']}. "
+        f"This engine ran on the CPU. {plan.about['why_no_sparse_kernels']}. "
         "Any difference in speed between the two columns is noise; the gain needs a GPU with Sparse Tensor Cores."
     )
 

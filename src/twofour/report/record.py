@@ -3,6 +3,7 @@
 All times are milliseconds, all sizes bytes, all shares in 0…1; metrics are in the unit the metric has.
 """
 
+import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
@@ -267,12 +268,16 @@ class Report(_Row):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"report {str(path)!r} does not exist")
+        data = path.read_bytes()
         try:
-            report = cls.model_validate_json(path.read_bytes())
+            schema = json.loads(data).get("schema_version")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"report {str(path)!r} is damaged: it holds no JSON object ({error}); run compress again") from error
+        if schema != SCHEMA:
+            raise InputError(f"report {str(path)!r} has schema {schema}, this version reads {SCHEMA}; run compress again")
+        try:
+            return cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"report {str(path)!r} is damaged or of another version: {where}: {first['msg'].lower()}") from error
-        if report.schema_version != SCHEMA:
-            raise InputError(f"report {str(path)!r} has schema {report.schema_version}, this version reads {SCHEMA}; run compress again")
-        return report
+            raise InputError(f"report {str(path)!r} is damaged: {where}: {first['msg'].lower()}; run compress again") from error
