@@ -76,14 +76,21 @@ def train(
     """
     if recipe.distillation.weight and teacher is None:
         raise InputError("the recipe asks for distillation, expected a teacher; pass teacher=")
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe.optimizer)
     masks = derive_masks(model)
     held = Hold(model, optimizer, masks) if masks else None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.cpu_threads or threads)
     try:
         history = _epochs(model, data, recipe, optimizer, teacher, progress)
     finally:
+        torch.set_num_threads(threads)
         if held is not None:
             held.remove()
+        if recipe.channels_last:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return Checkpoint.of(model, data.metric.name, history[-1].metric, history=tuple(history), recipe=recipe.model_dump())
 
 

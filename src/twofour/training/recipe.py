@@ -51,12 +51,18 @@ class DistillationSection(_Section):
 
 
 class Recipe(_Section):
-    """One training, whole: `epochs` passes in batches of `batch`, everything random drawn from `seed`."""
+    """One training, whole: `epochs` passes in batches of `batch`, everything random drawn from `seed`.
+
+    `cpu_threads` is for networks so small that threads wait for each other longer than they work (0: torch's own choice);
+    `channels_last` lays images out as NHWC while training, which most convolutions prefer.
+    """
 
     epochs: int = Field(10, gt=0)
     batch: int = Field(64, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
+    cpu_threads: int = Field(0, ge=0)
+    channels_last: bool = False
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     augmentation: AugmentationSection = AugmentationSection()
