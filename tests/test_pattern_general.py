@@ -36,7 +36,9 @@ def test_n_of_m_keeps_the_best_subset_and_the_first_of_equals(weight: np.ndarray
 
 # inner 1 takes the word loop, 9 the plane loop, 4:8 the general one; the last shape leaves an odd number of groups to two threads.
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
-@pytest.mark.parametrize(("shape", "axis", "n", "m"), [((512, 2052), 1, 2, 4), ((512, 228, 3, 3), 1, 2, 4), ((512, 2056), 1, 4, 8), ((2052, 515), 0, 2, 4)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "n", "m"), [((512, 2052), 1, 2, 4), ((512, 228, 3, 3), 1, 2, 4), ((512, 2056), 1, 4, 8), ((2052, 515), 0, 2, 4)]
+)
 def test_compiled_loops_choose_what_passes_choose(dtype: type, shape: tuple[int, ...], axis: int, n: int, m: int) -> None:
     rng = np.random.default_rng(0)
     # 16 distinct magnitudes with random signs: most groups hold ties.
@@ -112,5 +114,5 @@ def test_masks_need_neither_numba_nor_torch() -> None:
 
 
 def test_small_weights_do_not_load_the_compiler() -> None:
-    code = "import sys, numpy as np; from twofour.pattern import select; select(np.ones((64, 64), np.float32)); assert 'numba' not in sys.modules"
+    code = "import sys, numpy; from twofour.pattern import select; select(numpy.ones((64, 64))); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,19 +6,26 @@ several threads and after a fork. Compiled code is cached beside this file, or i
 This module imports numba; `mask.py` imports it on first need and does without when it is absent.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-jit = numba.njit(cache=True, nogil=True, boundscheck=False)
+Loop = TypeVar("Loop", bound=Callable[..., None])
 # A thread is worth its start above this many elements.
 ELEMENTS_PER_THREAD = 1 << 18
+
+
+def jit(loop: Loop) -> Loop:
+    """Return the loop compiled on first call for each kind of arguments."""
+    compiled: Loop = numba.njit(cache=True, nogil=True)(loop)
+    return compiled
 
 
 @jit
@@ -73,7 +80,7 @@ def in_threads(loop: Callable[[int, int], Any], count: int, elements: int) -> No
         return
     bounds = [count * t // threads for t in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(loop, start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]:
+        for done in [pool.submit(loop, start, stop) for start, stop in itertools.pairwise(bounds)]:
             done.result()
 
 

@@ -1,6 +1,6 @@
 """`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def prune(
     return Pruning(method, tuple(layers), masks, tuple(notes), str(pattern))
 
 
-def refuse_unreadable(parameters: dict[str, Tensor]) -> None:
+def refuse_unreadable(parameters: Mapping[str, Tensor]) -> None:
     """Raise InputError for parameters without values of their own in this process."""
     for name, parameter in parameters.items():
         if is_lazy(parameter):
@@ -103,7 +103,7 @@ def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
 
 def _write(
     model: nn.Module,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     masks: dict[str, Tensor],
     calibration: Iterable[Any] | None,
     num_inputs: int,

@@ -56,9 +56,7 @@ def two_largest(groups: Tensor) -> Tensor:
     tie_break = torch.tensor([3, 2, 1, 0], dtype=KEY_OF[groups.dtype], device=groups.device).view(4, 1)
     keys = torch.add(tie_break, sign_cleared, alpha=4)
     a, b, c, d = keys.unbind(-2)
-    second = torch.maximum(
-        torch.minimum(torch.maximum(a, b), torch.maximum(c, d)), torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
-    )
+    second = torch.maximum(torch.minimum(torch.maximum(a, b), torch.maximum(c, d)), torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
     return keys >= second.unsqueeze(-2)
 
 

@@ -42,9 +42,3 @@ def fill_zero(weight: Tensor, dropped: Tensor) -> None:
     """Set `weight` to +0 where `dropped`, in place. Selected, not multiplied: NaN · 0 would stay NaN. torch has no fp8 selection."""
     target = weight.view(torch.uint8) if weight.element_size() == 1 else weight
     target.masked_fill_(dropped, 0)
-
-
-def groups_are_whole(weight: Tensor) -> bool:
-    """Whether no group along axis 1 is split between processes: no placement shards axis 1."""
-    sharded: Any = weight
-    return not is_sharded(weight) or not any(p.is_shard(1) or p.is_partial() for p in sharded.placements)
