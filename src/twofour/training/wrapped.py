@@ -32,7 +32,5 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(inner, torch.optim.Optimizer):
         raise InputError(f"hold: {type(optimizer).__name__} is not a torch.optim.Optimizer and wraps none; pass the optimizer that steps")
     if getattr(inner, "_overlap_with_ddp", False):
-        raise InputError(
-            "hold: ZeroRedundancyOptimizer with overlap_with_ddp steps inside the backward, pass one that steps itself"
-        )
+        raise InputError("hold: ZeroRedundancyOptimizer with overlap_with_ddp steps inside the backward, pass one that steps itself")
     return inner
