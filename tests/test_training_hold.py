@@ -219,10 +219,15 @@ def test_an_average_begun_before_pruning_and_not_given_is_found_where_it_is_used
     average.update_parameters(model)
     pruning = prune(model, (batch(0)[0],))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(VerificationError, match="an average begun before pruning"), hold(model, optimizer, pruning):
-        steps(model, optimizer, range(2))
-        average.update_parameters(model)
-        model.load_state_dict(average.module.state_dict())
+
+    def train_and_swap() -> None:
+        with hold(model, optimizer, pruning):
+            steps(model, optimizer, range(2))
+            average.update_parameters(model)
+            model.load_state_dict(average.module.state_dict())
+
+    with pytest.raises(VerificationError, match="an average begun before pruning"):
+        train_and_swap()
 
 
 def test_an_average_of_another_model_is_refused() -> None:
@@ -397,7 +402,6 @@ def test_state_older_than_a_reordering_is_refused_and_can_be_permuted() -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     steps(model, optimizer, range(3))
-    straight = copy.deepcopy((model, optimizer))
     older = copy.deepcopy(optimizer.state_dict())
     reorder(model)
     pruning = prune(model, (batch(0)[0],))

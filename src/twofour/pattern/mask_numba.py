@@ -19,7 +19,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Loop = TypeVar("Loop", bound=Callable[..., None])
 # A thread is worth its start above this many elements.
-ELEMENTS_PER_THREAD = 1 << 18
+ELEMENTS_PER_THREAD = 1 << 20
 
 
 def jit(loop: Loop) -> Loop:

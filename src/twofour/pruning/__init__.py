@@ -2,6 +2,7 @@
 
 from twofour.pruning.apply import prune
 from twofour.pruning.calibration import reestimate_batchnorm
+from twofour.pruning.files import prune_files
 from twofour.pruning.record import LayerRecord, Pruning
 
-__all__ = ["LayerRecord", "Pruning", "prune", "reestimate_batchnorm"]
+__all__ = ["LayerRecord", "Pruning", "prune", "prune_files", "reestimate_batchnorm"]

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 JOURNAL = "twofour.pruning.json"
 SCHEMA = 1
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 1 << 20
 PIECES_IN_FLIGHT = 3
 # Weights in other formats would be dense copies beside the pruned ones.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".bin.index.json")
