@@ -50,13 +50,7 @@ def prune(
         raise InputError(f"pruning method {method!r} is unknown, expected one of {sorted(METHODS)}{nearest(method, METHODS)}")
     pattern = Pattern.parse(pattern)
     parameters = dict(model.named_parameters())
-    refuse_unreadable(parameters)
-    execution = execute(model, example_inputs)
-    records = [_fitting(record, pattern) for record in examine(model, execution, include, exclude)]
-    if not any(record.eligible for record in records):
-        raise InputError(
-            f"the model has no layer that can be {pattern}: {'; '.join(f'{r.name}: {r.reason}' for r in records[:5]) or 'no weights'}"
-        )
+    records, notes = survey(model, example_inputs, pattern=pattern, include=include, exclude=exclude)
     masks: dict[str, Tensor] = {}
     layers = []
     for record in records:
@@ -68,9 +62,37 @@ def prune(
             record = replace(record, kept_magnitude=kept_magnitude(weight, mask))
             masks[record.name] = mask
         layers.append(record)
-    notes = [execution.note] if execution.note else []
     _write(model, parameters, masks, calibration, len(example_inputs), notes)
     return Pruning(method, tuple(layers), masks, tuple(notes), str(pattern))
+
+
+def survey(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    pattern: str | Pattern = "2:4",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[LayerRecord], list[str]]:
+    """Return one record a weight, pruned or dense with the reason, and notes; the model is not changed. Arguments as of `prune`.
+
+    Raises:
+        InputError: no eligible layer, a glob that matches nothing, a model on the meta device or sharded over processes.
+    """
+    pattern = Pattern.parse(pattern)
+    refuse_unreadable(dict(model.named_parameters()))
+    execution = execute(model, example_inputs)
+    records = [_fitting(record, pattern) for record in examine(model, execution, include, exclude)]
+    if not any(record.eligible for record in records):
+        raise InputError(
+            f"the model has no layer that can be {pattern}: {'; '.join(f'{r.name}: {r.reason}' for r in records[:5]) or 'no weights'}"
+        )
+    return records, [execution.note] if execution.note else []
+
+
+def eligible_names(model: nn.Module, example_inputs: tuple[Any, ...], **options: Any) -> tuple[str, ...]:
+    """Return the names of the weights that `prune` with the same `pattern`, `include` and `exclude` would prune."""
+    return tuple(record.name for record in survey(model, example_inputs, **options)[0] if record.eligible)
 
 
 def refuse_unreadable(parameters: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofour.errors import InputError, VerificationError
+from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
 from twofour.pruning.sharded import fill_zero, local, piece_like
 from twofour.training.masks import derive_masks
@@ -106,14 +106,30 @@ class Hold:
                     "call hold last, after loading, wrapping and moving the model"
                 )
         for pairs, where in ((self._held, "the model"), (self._averaged, "ema")):
-            for name, weight, dropped in pairs:
-                count = int(torch.count_nonzero((local(weight.detach()) != 0) & dropped.to(weight.device)))
+            for name, count in _violations(pairs).items():
                 if count:
                     raise VerificationError(
                         f"hold: weight {name!r} of {where} has {count} non-zeros where it was pruned, expected none; a copied or unpickled "
                         "optimizer (it has lost its hooks), an average begun before pruning, or a loaded state changed it: "
                         "call hold again with what is in use"
                     )
+
+    def violations(self) -> dict[str, int]:
+        """Return, by name, how many pruned elements of this process's piece of each weight are not zero."""
+        return _violations(self._held)
+
+    def set_mask(self, name: str, mask: Tensor) -> None:
+        """Hold `name` by another mask from now on; what it drops becomes zero at once.
+
+        Raises:
+            InputError: no such weight, or another shape.
+        """
+        if name not in self.masks:
+            raise InputError(f"hold: the mask {name!r} belongs to no held weight{nearest(name, self.masks)}")
+        (pair,) = _paired(self.model, {name: mask}, "the model")
+        self.masks[name] = mask
+        self._held[list(self.masks).index(name)] = pair
+        _fill(pair[1], pair[2])
 
     def remove(self) -> None:
         """Stop holding; the weights keep their values. Calling it again does nothing."""
@@ -130,12 +146,19 @@ class Hold:
             self.check()
 
 
+Pair = tuple[str, nn.Parameter, Tensor]
+
+
+def _violations(pairs: Sequence[Pair]) -> dict[str, int]:
+    return {name: int(torch.count_nonzero((local(w.detach()) != 0) & dropped.to(w.device))) for name, w, dropped in pairs}
+
+
 @torch.no_grad()
 def _fill(weight: Tensor, dropped: Tensor) -> None:
     fill_zero(local(weight.detach()), dropped)
 
 
-def _paired(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> list[tuple[str, nn.Parameter, Tensor]]:
+def _paired(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> list[Pair]:
     """Return name, parameter and this process's piece of the inverted mask, for each mask."""
     parameters = dict(model.named_parameters())
     pairs = []
