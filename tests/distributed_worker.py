@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from twofour.errors import InputError
-from twofour.pruning import Pruning, prune
-from twofour.training import derive_masks, hold
+from twofour.pruning import Pruning, eligible_names, prune
+from twofour.training import derive_masks, hold, sr_ste
 
 
 def network() -> nn.Module:
@@ -143,7 +143,51 @@ def loaded_by_another_number(folder: Path) -> dict[str, Any]:
     return {"same": same, "nonzero": nonzero_dropped({n: p.full_tensor().detach() for n, p in model.named_parameters()}, masks)}
 
 
-CHECKS: tuple[Callable[[Path], dict[str, Any]], ...] = (ddp, zero, fsdp2, fsdp2_resumed_with_derived_masks, loaded_by_another_number)
+def fsdp2_from_scratch(folder: Path) -> dict[str, Any]:
+    """SR-STE on pieces of 15 and 9 rows against SR-STE on whole weights."""
+    sharded, whole = network(), network()
+    fully_shard(sharded)
+    replicated = nn.parallel.DistributedDataParallel(whole)
+    names = eligible_names(whole, (batch(0, 0)[0],))
+    states = []
+    for model, stepped in ((sharded, sharded), (whole, replicated)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        handle = sr_ste(model, optimizer, names, decay=0.01)
+        train(stepped, optimizer, range(3))
+        handle.remove()
+        states.append(full_state(model))
+    if dist.get_rank():
+        return {"difference": 0.0, "masks": True}
+    masks = [{name: state[name] != 0 for name in names} for state in states]
+    return {
+        "difference": max(float((states[0][n] - v).abs().max()) for n, v in states[1].items()),
+        "masks": all(torch.equal(masks[0][n], masks[1][n]) for n in names),
+    }
+
+
+def fsdp1(folder: Path) -> dict[str, Any]:
+    """Flat parameters have no axes to group along."""
+    messages = []
+    for original in (True, False):
+        model, pruning = pruned()
+        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            hold(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1), pruning)
+            messages.append("")
+        except InputError as error:
+            messages.append(str(error))
+    return {"messages": messages}
+
+
+CHECKS: tuple[Callable[[Path], dict[str, Any]], ...] = (
+    ddp,
+    zero,
+    fsdp2,
+    fsdp2_resumed_with_derived_masks,
+    loaded_by_another_number,
+    fsdp2_from_scratch,
+    fsdp1,
+)
 
 
 def main(rank: int, folder: Path) -> None:

@@ -62,6 +62,20 @@ def test_another_number_of_shards_reads_and_trains_on(results: dict[str, Any]) -
     assert results["loaded_by_another_number"] == {"same": True, "nonzero": 0}
 
 
+def test_sr_ste_on_pieces_is_sr_ste_on_the_whole(results: dict[str, Any]) -> None:
+    scratch = results["fsdp2_from_scratch"]
+    assert scratch["masks"]
+    # Two gradients averaged in another order, three steps of 0.5.
+    assert scratch["difference"] <= 2.0**-20
+
+
+def test_fsdp1_is_refused(results: dict[str, Any]) -> None:
+    for message in results["fsdp1"]["messages"]:
+        assert message == (
+            "hold: the model is wrapped by FSDP1, whose flat parameters have no axes to group along; use fully_shard (FSDP2)"
+        )
+
+
 def test_one_process_reads_what_two_wrote(folder: Path) -> None:
     model = network()
     state = {"model": model.state_dict()}

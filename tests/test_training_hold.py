@@ -450,6 +450,23 @@ def test_a_permuted_state_steps_as_the_straight_one_does() -> None:
         torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=0, atol=32e3 * 2.0**-53)
 
 
+def test_a_reordering_the_model_carries_is_found() -> None:
+    class Record:
+        moves = orders_of()
+
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    steps(model, optimizer, range(1))
+    reorder(model)
+    model.twofour_permutation = Record()
+    pruning = prune(model, (batch(0)[0],))
+    with pytest.raises(InputError, match="is older than the reordering of its channels"):
+        hold(model, optimizer, pruning)
+    hold(model, optimizer, pruning, orders={}).remove()
+    permute_state(model, optimizer, Record.moves)
+    hold(model, optimizer, pruning).remove()
+
+
 def test_a_new_optimizer_after_a_reordering_is_taken_and_marked() -> None:
     model = network()
     reorder(model)

@@ -11,7 +11,7 @@ from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
 from twofour.pruning.sharded import fill_zero, local, piece_like
 from twofour.training.masks import derive_masks
-from twofour.training.order import Orders, refuse_older_state
+from twofour.training.order import Orders, carried_orders, refuse_older_state
 from twofour.training.wrapped import unwrap_model, unwrap_optimizer
 
 __all__ = ["Hold", "derive_masks", "hold"]
@@ -47,7 +47,7 @@ class Hold:
             raise InputError(
                 "hold: the optimizer trains none of the pruned weights, expected an optimizer made from this model's parameters"
             )
-        self._handles = refuse_older_state(self.model, self.optimizer, orders or {})
+        self._handles = refuse_older_state(self.model, self.optimizer, carried_orders(self.model) if orders is None else orders)
         self.apply()
         for _, weight, dropped in self._averaged:
             _fill(weight, dropped)
@@ -205,7 +205,8 @@ def hold(
         pruning: what `prune` returned; without it the masks are those of the weights that are 2:4 now.
         ema: averages of the model (`AveragedModel` or any module with the same names): masked once, and zeros average to zero. A copy
             begun before pruning that is not given here brings the pruned weights back where it is used: `handle.check()` tells.
-        orders: name → axis → old index of every new place, from the reordering done since the optimizer was made, if it was.
+        orders: name → axis → old index of every new place, of the reordering that the optimizer's state must follow; by default the one
+            the model carries from `permute`, `{}` for none.
 
     Raises:
         InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, or the optimizer's state is older

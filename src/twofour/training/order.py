@@ -16,6 +16,16 @@ Orders = Mapping[str, Mapping[int, Any]]
 KEY = "twofour_order"
 
 
+# The attribute under which a permuted model carries the record of it.
+ATTRIBUTE = "twofour_permutation"
+
+
+def carried_orders(model: nn.Module) -> Orders:
+    """Return the reordering that `model` says it went through, empty if none."""
+    moves: Orders = getattr(getattr(model, ATTRIBUTE, None), "moves", {})
+    return moves
+
+
 def digest(orders: Orders) -> str:
     """Return 16 hex digits that identify the reordering."""
     sha = hashlib.sha256()
@@ -46,7 +56,7 @@ def refuse_older_state(model: nn.Module, optimizer: torch.optim.Optimizer, order
             if optimizer.state.get(parameter) and group.get(KEY) != mark:
                 raise InputError(
                     f"hold: the optimizer's state of {name!r} is older than the reordering of its channels, expected the new order; "
-                    "make the optimizer after pruning, or call twofour.training.permute_state first"
+                    "make the optimizer after pruning, call twofour.training.permute_state first, or pass orders={} if it is new after all"
                 )
 
     check()

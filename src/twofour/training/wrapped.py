@@ -9,7 +9,13 @@ from twofour.errors import InputError
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper."""
+    """Return the module inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile's wrapper.
+
+    Raises:
+        InputError: the model is wrapped by FSDP1.
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InputError("hold: the model is wrapped by FSDP1, whose flat parameters have no axes to group along; use fully_shard (FSDP2)")
     inner: Any = model
     while True:
         if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)):
