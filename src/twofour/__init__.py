@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from twofour.plan import Plan as Plan
     from twofour.pruning import Pruning as Pruning
     from twofour.pruning import prune as prune
+    from twofour.pruning import prune_files as prune_files
     from twofour.report import measure as measure
     from twofour.runtime import Engine as Engine
     from twofour.runtime import load as load
@@ -39,6 +40,7 @@ _ROOM_OF = {
     "load": "runtime",
     "measure": "report",
     "prune": "pruning",
+    "prune_files": "pruning",
     "train": "training",
 }
 

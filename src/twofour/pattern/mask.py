@@ -1,10 +1,13 @@
-"""Which two of every four weights are kept, and whether a weight already is 2:4.
+"""Which weights of every group are kept, two of four above all, and whether a weight already obeys.
 
 Magnitudes are compared as the integers of their bit patterns with the sign cleared. For IEEE formats and the two fp8 formats that order
 is the order of the absolute values, so the choice is exact in every dtype and bit-equal on every device: no sum is ever rounded.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,15 @@ import numpy.typing as npt
 from twofour.errors import InputError
 
 Array = npt.NDArray[Any]
+log = logging.getLogger(__name__)
+
+# Below this many elements NumPy is done before the compiled loops are loaded.
+COMPILED_FROM = 1 << 20
 
 
 @dataclass(frozen=True)
 class GroupCount:
-    """How many groups of four along the reduction axis hold at most two non-zeros."""
+    """How many groups along the reduction axis hold at most n non-zeros."""
 
     obeying: int
     total: int
@@ -33,46 +40,79 @@ class GroupCount:
         return self.obeying == self.total
 
 
+@cache
+def compiled_loops() -> ModuleType | None:
+    """Return the compiled loops, or None where numba is absent, switched off or finds no place for its cache."""
+    try:
+        import numba
+
+        from twofour.pattern import mask_numba
+    except (ImportError, RuntimeError) as error:
+        log.info("masks are chosen by NumPy, about ten times slower, because numba cannot be used: %s", error)
+        return None
+    return None if numba.config.DISABLE_JIT else mask_numba
+
+
 def magnitude_bits(weight: Array) -> Array:
     """Return unsigned integers, same shape as `weight`, ordered as the absolute values."""
+    bits = unsigned_bits(weight)
+    magnitudes: Array = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    return magnitudes
+
+
+def unsigned_bits(weight: Array) -> Array:
+    """Return the elements of `weight` as unsigned integers, C-contiguous; a view where `weight` is contiguous."""
     size = weight.dtype.itemsize
     if size not in (1, 2, 4, 8):
         raise InputError(f"weight dtype {weight.dtype} has {size} bytes an element, expected a floating format of 1, 2, 4 or 8")
-    unsigned = np.dtype(f"u{size}")
-    bits: Array = np.ascontiguousarray(weight).view(unsigned) & unsigned.type(2 ** (8 * size - 1) - 1)
-    return bits
+    return np.ascontiguousarray(weight).view(np.dtype(f"u{size}"))
 
 
-def grouped(weight: Array, axis: int) -> Array:
-    """Return `weight` with `axis` last and split: `[..., groups, 4]`."""
-    if weight.ndim <= axis or weight.shape[axis] % 4:
-        raise InputError(f"weight of shape {list(weight.shape)} has no axis {axis} of a multiple of 4 elements to group")
+def grouped(weight: Array, axis: int, m: int = 4) -> Array:
+    """Return `weight` with `axis` last and split: `[..., groups, m]`."""
+    if weight.ndim <= axis or weight.shape[axis] % m:
+        raise InputError(f"weight of shape {list(weight.shape)} has no axis {axis} of a multiple of {m} elements to group")
     moved = np.moveaxis(weight, axis, -1)
-    return moved.reshape(*moved.shape[:-1], moved.shape[-1] // 4, 4)
+    return moved.reshape(*moved.shape[:-1], moved.shape[-1] // m, m)
 
 
-def select(weight: Array, axis: int = 1) -> npt.NDArray[np.bool_]:
-    """Return the mask that keeps the two largest magnitudes of every four consecutive weights along `axis`.
+def select(weight: Array, axis: int = 1, n: int = 2, m: int = 4) -> npt.NDArray[np.bool_]:
+    """Return the mask that keeps the `n` largest magnitudes of every `m` consecutive weights along `axis`.
 
-    Of equal magnitudes the lower index is kept, so the sum of kept magnitudes is the largest of the six patterns and the mask is unique.
+    Of equal magnitudes the lower index is kept, so the sum of kept magnitudes is the largest possible and the mask is unique.
 
     Args:
-        weight: any floating dtype, `[out, in, *kernel]`; `axis` a multiple of 4 long.
+        weight: any floating dtype (or its bits as integers), `[out, in, *kernel]`; `axis` a multiple of `m` long.
 
-    Source: Mishra et al. 2021, arXiv 2104.08378, section 3.1.
+    Source: Mishra et al. 2021, arXiv 2104.08378, section 3.1 (2:4); Zhou et al. 2021, arXiv 2102.04010, section 3 (N:M).
     """
-    groups = grouped(magnitude_bits(weight), axis)
-    rank = np.zeros(groups.shape, np.uint8)
-    for i in range(4):
-        for j in range(4):
+    if not 0 < n < m:
+        raise InputError(f"pattern {n}:{m} keeps {n} of {m}, expected 0 < n < m")
+    if weight.ndim <= axis or weight.shape[axis] % m:
+        raise InputError(f"weight of shape {list(weight.shape)} has no axis {axis} of a multiple of {m} elements to group")
+    loops = compiled_loops() if weight.size >= COMPILED_FROM else None
+    if loops is None:
+        return select_by_passes(weight, axis, n, m)
+    inner = int(np.prod(weight.shape[axis + 1 :]))
+    groups = unsigned_bits(weight).reshape(-1, m, inner)
+    kept: npt.NDArray[np.bool_] = loops.select_groups(groups, n).reshape(weight.shape)
+    return kept
+
+
+def select_by_passes(weight: Array, axis: int = 1, n: int = 2, m: int = 4) -> npt.NDArray[np.bool_]:
+    """Return what `select` returns, by NumPy alone: the rank of each weight is the number of those in its group that beat it."""
+    groups = grouped(magnitude_bits(weight), axis, m)
+    rank = np.zeros(groups.shape, np.uint8 if m <= 256 else np.uint32)
+    for i in range(m):
+        for j in range(m):
             if i != j:
                 beats = groups[..., j] >= groups[..., i] if j < i else groups[..., j] > groups[..., i]
                 rank[..., i] += beats
-    kept = (rank < 2).reshape(np.moveaxis(weight, axis, -1).shape)
+    kept = (rank < n).reshape(np.moveaxis(weight, axis, -1).shape)
     return np.ascontiguousarray(np.moveaxis(kept, -1, axis))
 
 
-def count_groups(weight: Array, axis: int = 1) -> GroupCount:
-    """Return how many groups of four along `axis` have at most two non-zeros (-0 counts as zero)."""
-    nonzeros = np.count_nonzero(grouped(weight, axis), axis=-1)
-    return GroupCount(int(np.count_nonzero(nonzeros <= 2)), int(nonzeros.size))
+def count_groups(weight: Array, axis: int = 1, n: int = 2, m: int = 4) -> GroupCount:
+    """Return how many groups of `m` along `axis` have at most `n` non-zeros (-0 counts as zero)."""
+    nonzeros = np.count_nonzero(grouped(weight, axis, m), axis=-1)
+    return GroupCount(int(np.count_nonzero(nonzeros <= n)), int(nonzeros.size))

@@ -1,6 +1,8 @@
 """Dense model → masked model: which weights are eligible and why not, which values are kept, and the record of it."""
 
-from twofour.pruning.apply import prune
+from twofour.pruning.apply import eligible_names, prune
+from twofour.pruning.calibration import reestimate_batchnorm
+from twofour.pruning.files import prune_files
 from twofour.pruning.record import LayerRecord, Pruning
 
-__all__ = ["LayerRecord", "Pruning", "prune"]
+__all__ = ["LayerRecord", "Pruning", "eligible_names", "prune", "prune_files", "reestimate_batchnorm"]

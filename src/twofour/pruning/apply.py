@@ -1,19 +1,23 @@
-"""`prune`: examine, choose, set to zero, record."""
+"""`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from twofour.errors import InputError, nearest
+from twofour.pattern import Pattern
+from twofour.pruning.calibration import reestimate_batchnorm, tracked_norms
 from twofour.pruning.capture import execute
 from twofour.pruning.eligibility import examine
-from twofour.pruning.magnitude import magnitude_mask
-from twofour.pruning.record import Pruning
+from twofour.pruning.magnitude import pattern_mask
+from twofour.pruning.record import LayerRecord, Pruning
+from twofour.pruning.sharded import fill_zero, is_sharded
 
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude_mask}
+METHODS: dict[str, Callable[[Tensor, Pattern], Tensor]] = {"magnitude": pattern_mask}
 
 
 def prune(
@@ -21,44 +25,127 @@ def prune(
     example_inputs: tuple[Any, ...],
     *,
     method: str = "magnitude",
+    pattern: str | Pattern = "2:4",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    calibration: Iterable[Any] | None = None,
 ) -> Pruning:
-    """Prune the eligible weights of `model` to 2:4 in place and return the record.
+    """Prune the eligible weights of `model` in place and return the record.
 
-    Every pruned value becomes exactly +0. The model is left as it was if anything is refused.
+    Every pruned value becomes exactly +0. The model is left exactly as it was if anything is refused.
 
     Args:
         example_inputs: positional arguments for one call of the model, first axis the batch.
+        pattern: "2:4", any "N:M", or "2:4 transposable". Only 2:4 patterns run on Sparse Tensor Cores.
         include: globs of layers to prune although the default leaves them dense (first convolution, classifier).
         exclude: globs of layers to leave dense.
+        calibration: batches to re-estimate batch-norm statistics on after pruning, no labels used (see `reestimate_batchnorm`); a tuple
+            or list gives its first `len(example_inputs)` items to the model. None leaves the statistics of the dense network.
 
     Raises:
-        InputError: unknown method, a glob that matches nothing, no eligible layer, a weight with NaN or infinity.
+        InputError: unknown method or pattern, a glob that matches nothing, no eligible layer, a weight with NaN or infinity, a model on
+            the meta device or sharded over processes, unusable calibration.
     """
     if method not in METHODS:
         raise InputError(f"pruning method {method!r} is unknown, expected one of {sorted(METHODS)}{nearest(method, METHODS)}")
-    execution = execute(model, example_inputs)
-    records = examine(model, execution, include, exclude)
-    if not any(record.eligible for record in records):
-        raise InputError(
-            f"the model has no layer that can be 2:4: {'; '.join(f'{r.name}: {r.reason}' for r in records[:5]) or 'no weights'}"
-        )
+    pattern = Pattern.parse(pattern)
     parameters = dict(model.named_parameters())
+    records, notes = survey(model, example_inputs, pattern=pattern, include=include, exclude=exclude)
     masks: dict[str, Tensor] = {}
     layers = []
     for record in records:
         if record.eligible:
             weight = parameters[record.name].detach()
-            if not bool(torch.isfinite(weight.float()).all()):
+            if not is_finite(weight):
                 raise InputError(f"weight {record.name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
-            mask = METHODS[method](weight)
-            magnitude = weight.double().abs()
-            total = float(magnitude.sum())
-            record = replace(record, kept_magnitude=float(magnitude[mask].sum()) / total if total else 1.0)
+            mask = METHODS[method](weight, pattern)
+            record = replace(record, kept_magnitude=kept_magnitude(weight, mask))
             masks[record.name] = mask
         layers.append(record)
+    _write(model, parameters, masks, calibration, len(example_inputs), notes)
+    return Pruning(method, tuple(layers), masks, tuple(notes), str(pattern))
+
+
+def survey(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    pattern: str | Pattern = "2:4",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[LayerRecord], list[str]]:
+    """Return one record a weight, pruned or dense with the reason, and notes; the model is not changed. Arguments as of `prune`.
+
+    Raises:
+        InputError: no eligible layer, a glob that matches nothing, a model on the meta device or sharded over processes.
+    """
+    pattern = Pattern.parse(pattern)
+    refuse_unreadable(dict(model.named_parameters()))
+    execution = execute(model, example_inputs)
+    records = [_fitting(record, pattern) for record in examine(model, execution, include, exclude)]
+    if not any(record.eligible for record in records):
+        raise InputError(
+            f"the model has no layer that can be {pattern}: {'; '.join(f'{r.name}: {r.reason}' for r in records[:5]) or 'no weights'}"
+        )
+    return records, [execution.note] if execution.note else []
+
+
+def eligible_names(model: nn.Module, example_inputs: tuple[Any, ...], **options: Any) -> tuple[str, ...]:
+    """Return the names of the weights that `prune` with the same `pattern`, `include` and `exclude` would prune."""
+    return tuple(record.name for record in survey(model, example_inputs, **options)[0] if record.eligible)
+
+
+def refuse_unreadable(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InputError for parameters without values of their own in this process."""
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise InputError(f"weight {name!r} has no shape yet, expected an initialised model; run it once first")
+        if parameter.is_meta:
+            raise InputError(f"weight {name!r} is on the meta device, expected values; load the checkpoint first, or use prune_files")
+        if is_sharded(parameter):
+            raise InputError(f"weight {name!r} is sharded over processes, expected a whole model; prune before fully_shard")
+
+
+def _fitting(record: LayerRecord, pattern: Pattern) -> LayerRecord:
+    reason = pattern.why_not(record.shape) if record.eligible else ""
+    return replace(record, eligible=False, reason=reason) if reason else record
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether `weight` holds neither NaN nor infinity."""
+    return bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all())
+
+
+def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
+    """Return Σ|w kept| / Σ|w|, summed in float64; 1.0 for a weight of zeros."""
+    magnitude = weight.float().abs() if weight.element_size() < 4 else weight.abs()
+    total = float(magnitude.sum(dtype=torch.float64))
+    return float(magnitude.mul_(mask).sum(dtype=torch.float64)) / total if total else 1.0
+
+
+def _write(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    masks: dict[str, Tensor],
+    calibration: Iterable[Any] | None,
+    num_inputs: int,
+    notes: list[str],
+) -> None:
+    """Set the dropped weights to zero and re-estimate; put the weights back if that fails."""
+    if calibration is not None and not tracked_norms(model):
+        notes.append("calibration was not used: the model has no batch-norm with running statistics")
+        calibration = None
+    before = {name: parameters[name].detach().clone() for name in masks} if calibration is not None else {}
     with torch.no_grad():
         for name, mask in masks.items():
-            parameters[name].masked_fill_(~mask, 0)
-    return Pruning(method, tuple(layers), masks, (execution.note,) if execution.note else ())
+            fill_zero(parameters[name], ~mask)
+    if calibration is None:
+        return
+    try:
+        count = reestimate_batchnorm(model, calibration, num_inputs)
+    except BaseException:
+        with torch.no_grad():
+            for name, weight in before.items():
+                parameters[name].copy_(weight)
+        raise
+    notes.append(f"batch-norm statistics re-estimated on {count} batches")

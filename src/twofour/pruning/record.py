@@ -59,6 +59,7 @@ class Pruning:
     layers: tuple[LayerRecord, ...]
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    pattern: str = "2:4"
 
     @property
     def pruned(self) -> tuple[LayerRecord, ...]:
@@ -86,13 +87,15 @@ class Pruning:
 
     def __str__(self) -> str:
         return (
-            f"Pruning({self.method}: {len(self.pruned)} of {len(self.layers)} layers 2:4, {100 * self.share_of_weights:.1f} % of weights, "
+            f"Pruning({self.method}: {len(self.pruned)} of {len(self.layers)} layers {self.pattern}, "
+            f"{100 * self.share_of_weights:.1f} % of weights, "
             f"{100 * self.share_of_flops:.1f} % of FLOPs, {100 * self.kept_magnitude:.1f} % of magnitude kept)"
         )
 
     def to_json(self) -> str:
         """Return the record without the masks; these are the weights' own zeros."""
-        return json.dumps({"method": self.method, "notes": list(self.notes), "layers": [layer.to_json() for layer in self.layers]})
+        layers = [layer.to_json() for layer in self.layers]
+        return json.dumps({"method": self.method, "pattern": self.pattern, "notes": list(self.notes), "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "Pruning":
@@ -104,6 +107,6 @@ class Pruning:
         try:
             value = json.loads(text)
             layers = tuple(LayerRecord.from_json(layer) for layer in value["layers"])
-            return cls(value["method"], layers, notes=tuple(value["notes"]))
+            return cls(value["method"], layers, notes=tuple(value["notes"]), pattern=value["pattern"])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"pruning record is damaged ({error}); export the model again") from error

@@ -1,9 +1,33 @@
-"""Training with masks held: recipes, the loop, checkpoints."""
+"""Training with masks held: recipes, the loop, checkpoints, and sparse training from scratch, in bites and of adapters."""
 
 from twofour.training.checkpoint import Checkpoint, Epoch
 from twofour.training.evaluate import evaluate, predict
-from twofour.training.hold import Hold, derive_masks, hold
+from twofour.training.gradual import Gradual, gradual
+from twofour.training.hold import Hold, hold
 from twofour.training.loop import train
+from twofour.training.lora import MaskedLora, add_lora, merge_adapters
+from twofour.training.masks import derive_masks
+from twofour.training.order import permute_state
 from twofour.training.recipe import Recipe, load_recipe
+from twofour.training.sr_ste import SrSte, sr_ste
 
-__all__ = ["Checkpoint", "Epoch", "Hold", "Recipe", "derive_masks", "evaluate", "hold", "load_recipe", "predict", "train"]
+__all__ = [
+    "Checkpoint",
+    "Epoch",
+    "Gradual",
+    "Hold",
+    "MaskedLora",
+    "Recipe",
+    "SrSte",
+    "add_lora",
+    "derive_masks",
+    "evaluate",
+    "gradual",
+    "hold",
+    "load_recipe",
+    "merge_adapters",
+    "permute_state",
+    "predict",
+    "sr_ste",
+    "train",
+]

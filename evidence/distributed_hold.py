@@ -1,0 +1,162 @@
+"""Masks held by DDP and FSDP2 over NCCL, and what holding costs: ResNet-50 on random images, one process a GPU.
+
+    torchrun --nproc-per-node 2 evidence/distributed_hold.py results/GPU/distributed-hold.json
+
+For each way of training: steps with and without `hold` interleaved in blocks, the median of each, and a count of elements that are not zero
+although they were pruned, over all processes, after every step. Random weights and images: this shows correctness and cost, no accuracy.
+"""
+
+import copy
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import twofour
+from twofour.training import Hold
+
+BATCH, BLOCKS, STEPS = 128, 7, 10
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions. Source: He et al. 2015, arXiv 1512.03385, figure 5."""
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50() -> nn.Sequential:
+    """Return the network with fresh weights, seed 0."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width, stride if block == 0 else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """One training step under bf16 autocast."""
+    optimizer.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+
+
+def seconds_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+    """Return the mean wall time of a block of steps."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step(model, optimizer, images, labels)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS
+
+
+def not_zero(held: Hold) -> int:
+    """Return how many pruned elements are not zero, over all processes."""
+    count = torch.tensor(sum(held.violations().values()), device="cuda")
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return int(count)
+
+
+def run(way: str, dense: nn.Module, pruning: twofour.Pruning, device: torch.device) -> dict[str, Any]:
+    """Train by `way` and return the row."""
+    model: nn.Module = copy.deepcopy(dense).to(device, memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (BATCH,), device=device)
+    if way == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+    elif way == "fsdp2":
+        for layer in model.children():
+            if isinstance(layer, Bottleneck):
+                fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for _ in range(STEPS):
+        step(model, optimizer, images, labels)
+    wrong = 0
+    held = twofour.hold(model, optimizer, pruning)
+    for _ in range(STEPS):
+        step(model, optimizer, images, labels)
+        wrong += not_zero(held)
+    held.remove()
+    plain, with_hold = [], []
+    for _ in range(BLOCKS):
+        plain.append(seconds_a_step(model, optimizer, images, labels))
+        held = twofour.hold(model, optimizer, pruning)
+        with_hold.append(seconds_a_step(model, optimizer, images, labels))
+        held.check()
+        held.remove()
+    without, with_ = statistics.median(plain), statistics.median(with_hold)
+    return {
+        "net": "ResNet-50",
+        "way": way,
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "batch_a_process": BATCH,
+        "n": BLOCKS,
+        "step_ms": 1e3 * without,
+        "step_with_hold_ms": 1e3 * with_,
+        "cost_percent": 100 * (with_ / without - 1),
+        "spread_ms": 1e3 * (max(plain) - min(plain)),
+        "pruned_elements_not_zero": wrong,
+    }
+
+
+def main() -> None:
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl", device_id=device)
+    dense = resnet50()
+    pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),))
+    ways = ("ddp", "fsdp2") if dist.is_initialized() else ("one process",)
+    rows = [run(way, dense, pruning, device) for way in ways]
+    if rank == 0:
+        result = {
+            "schema": 1,
+            "kind": "training",
+            "machine": {
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "twofour": twofour.__version__,
+            },
+            "date": datetime.date.today().isoformat(),
+            "command": f"torchrun --nproc-per-node {rows[0]['processes']} evidence/distributed_hold.py {sys.argv[1]}",
+            "rows": rows,
+        }
+        Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

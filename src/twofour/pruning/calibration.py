@@ -1,0 +1,90 @@
+"""Batch-norm statistics measured anew after pruning: no training, most of the one-shot loss recovered.
+
+Pruning changes the mean and variance of every activation; the running statistics still describe the dense network.
+
+Source: Hubara et al. 2021, "Accurate Post Training Quantization With Small Calibration Sets" (batch-norm tuning), arXiv 2006.10518.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from twofour.errors import InputError
+from twofour.pruning.capture import in_eval_mode
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return `value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [moved(item, device) for item in value]
+    return value
+
+
+def call(model: nn.Module, batch: Any, num_inputs: int, device: torch.device) -> None:
+    """Run the model on one batch: a tensor, a tuple or list whose first `num_inputs` items are the inputs, or a dict of keywords."""
+    if isinstance(batch, Mapping):
+        model(**moved(batch, device))
+    elif isinstance(batch, (tuple, list)):
+        model(*moved(batch[:num_inputs], device))
+    else:
+        model(moved(batch, device))
+
+
+def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the batch-norm modules that keep running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: int = 1) -> int:
+    """Replace the running statistics of every batch-norm by the plain average over `batches` and return the number of batches.
+
+    mean = Σ mean_b / B, var = Σ var_b / B, over B batches, each normalised by its own statistics. Nothing else changes: parameters,
+    momentum and training modes stay as they were, dropout is off. If anything fails the old statistics are put back.
+
+    Args:
+        batches: tensors; tuples or lists whose first `num_inputs` items are the model's inputs (labels after them are ignored); or
+            dicts of keyword arguments. Moved to the model's device.
+
+    Raises:
+        InputError: no batch, a batch too small for batch statistics, or statistics that are not finite.
+    """
+    norms = tracked_norms(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = {norm: ({name: getattr(norm, name).clone() for name in STATISTICS}, norm.momentum) for norm in norms.values()}
+    count = 0
+    try:
+        with in_eval_mode(model), torch.no_grad():
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for batch in batches:
+                call(model, batch, num_inputs, device)
+                count += 1
+        if not count:
+            raise InputError("calibration holds no batch, expected at least one; pass a list or a DataLoader that is not used up")
+        for name, norm in norms.items():
+            if not all(bool(torch.isfinite(getattr(norm, s)).all()) for s in STATISTICS[:2]):
+                raise InputError(f"calibration: the statistics of {name!r} are not finite, expected finite inputs; check the batches")
+    except BaseException as error:
+        for norm, (statistics, _) in kept.items():
+            for name, value in statistics.items():
+                getattr(norm, name).copy_(value)
+        if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            raise InputError(
+                f"calibration: batch {count} has one value a channel, expected several for batch statistics; use larger batches"
+            ) from error
+        raise
+    finally:
+        for norm, (_, momentum) in kept.items():
+            norm.momentum = momentum
+    return count
