@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import twofour
 from twofour.compress import Compression, compress
+from twofour.report import Report
 from twofour.sources import Task, resolve_model, resolve_task
 
 torch.set_num_threads(1)
@@ -20,10 +22,16 @@ def digits() -> Task:
 
 
 @pytest.fixture(scope="session")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Compression:
-    """A whole compress of two epochs and two seeds."""
-    out = tmp_path_factory.mktemp("runs") / "short"
-    return compress("demo", "digits", out=out, epochs=2, seeds=2, measure_seconds=0.3, command="twofour compress demo --data digits")
+def short_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Compression:
+    """A whole compress of two epochs and two seeds, made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    out = shared / "short_run"
+    with FileLock(shared / "short_run.lock"):
+        if not (out / "report.html").is_file():
+            command = "twofour compress demo --data digits"
+            compress("demo", "digits", out=out, epochs=2, seeds=2, measure_seconds=0.3, overwrite=True, command=command)
+    return Compression(Report.load(out / "report.json"), out)
 
 
 @pytest.fixture

@@ -48,7 +48,6 @@ def test_every_command_has_help_and_its_first_line_says_what_it_does(run, name: 
     assert outcome.out.startswith(f"Usage: twofour {name} ")
 
 
-@pytest.mark.xdist_group("short_run")
 def test_the_steps_on_their_own(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
     assert run("train", "demo", "--data", "digits", "--epochs", "1", "--out", "dense.safetensors").code == 0
     pruned = run("prune", "demo", "--data", "digits", "--weights", "dense.safetensors", "--out", "pruned.safetensors")
@@ -73,7 +72,18 @@ def test_the_steps_on_their_own(run, short_run: Compression) -> None:  # type: i
     assert not list(Path().glob(".*"))
 
 
-@pytest.mark.xdist_group("short_run")
+def test_a_folder_of_safetensors_is_pruned_on_disk(run) -> None:  # type: ignore[no-untyped-def]
+    import torch
+    from safetensors.torch import save_file
+
+    Path("dense").mkdir()
+    save_file({"layer.weight": torch.randn(8, 16), "embed.weight": torch.randn(4, 16)}, "dense/model.safetensors")
+    outcome = run("prune", "dense", "--out", "sparse")
+    assert "1 of 2 layers 2:4" in outcome.out
+    verdicts = json.loads(run("inspect", "sparse/model.safetensors", "--json").out)["weights"]
+    assert {w["name"]: w["is_24"] for w in verdicts} == {"layer.weight": True, "embed.weight": False}
+
+
 def test_inspect_as_json(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
     value = json.loads(run("inspect", short_run.out / "sparse.onnx", "--json").out)
     assert value["is_24"] is True
@@ -99,7 +109,13 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
         (["compress", "demo", "--data", "digits", "--epochs", "-1"], r"-1 is not in the range"),
         (["compress", "demo", "--data", "digits", "--seeds", "0"], r"0 is not in the range"),
         (["compress", "demo", "--data", "digitz"], r"data 'digitz' is unknown.*did you mean 'digits'\?"),
-        (["prune", "demo", "--data", "digits", "--out", "x.safetensors"], r"prune: no weights given, expected --weights FILE"),
+        (
+            ["prune", "demo", "--data", "digits", "--out", "x.safetensors"],
+            r"prune: no weights given, expected --weights FILE with the dense network",
+        ),
+        (["prune", "demo", "--out", "x.safetensors"], r"prune: no data given, expected --data NAME; or give a folder of safetensors"),
+        (["prune", "no/such", "--out", "x"], r"no/such"),
+        (["prune", "a.safetensors", "--out", "x", "--method", "wanda"], r"method 'wanda' needs the network, expected magnitude for files"),
         (["export", "demo", "--data", "digits", "--out", "x.onnx"], r"export: no weights given"),
         (["train", "demo", "--data", "digits", "--out", "no/such/x.safetensors"], r"folder '.*no/such' of --out does not exist"),
         (["build", "none.onnx", "-o", "x.plan"], r"ONNX file 'none.onnx' does not exist"),
@@ -119,7 +135,6 @@ def test_what_is_wrong_gets_one_sentence_and_exit_code_2(run, tmp_path: Path, ar
     assert not [p for p in tmp_path.iterdir() if p.suffix]
 
 
-@pytest.mark.xdist_group("short_run")
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -8,34 +8,93 @@ from twofour.cli import options
 
 
 @click.command()
-@options.model_argument
-@options.data_option
+@click.argument("what", metavar="MODEL|DIR")
+@click.option("--data", help="Data set by name, for MODEL.")
 @options.weights_option
-@click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint, .safetensors.")
+@click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint (.safetensors), or for DIR a folder.")
 @options.method_option
+@click.option("--pattern", default="2:4", show_default=True, help="2:4, any N:M, or '2:4 transposable'.")
 @options.include_option
 @options.exclude_option
 def command(
-    model: str, data: str, weights: Path | None, out: Path, method: str, include: tuple[str, ...], exclude: tuple[str, ...]
+    what: str,
+    data: str | None,
+    weights: Path | None,
+    out: Path,
+    method: str,
+    pattern: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
 ) -> None:
-    """Prune the weights of MODEL to 2:4 and write the checkpoint; no retraining."""
+    """Prune weights to 2:4; no retraining.
+
+    MODEL is a name; its --weights are pruned, batch-norm statistics are re-estimated on --data, and the accuracy is told before and
+    after. DIR is a folder of safetensors (or one file) of any size: it is pruned tensor by tensor into --out, and goes on where an
+    interrupted run stopped.
+    """
+    if Path(what).exists() or what.endswith(".safetensors") or "/" in what:
+        _prune_files(Path(what), out, method, pattern, include, exclude)
+    else:
+        _prune_model(what, data, weights, out, method, pattern, include, exclude)
+
+
+def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from twofour.cli.tables import print_pruning
+    from twofour.errors import InputError
+    from twofour.pruning import prune_files
+
+    if method != "magnitude":
+        raise InputError(f"prune: method {method!r} needs the network, expected magnitude for files; give MODEL with --weights")
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prune", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        record = prune_files(source, out, pattern=pattern, include=include, exclude=exclude, progress=show)
+    print_pruning(record, console)
+    console.print(f"{record}\n{out}", highlight=False, soft_wrap=True)
+
+
+def _prune_model(
+    name: str,
+    data: str | None,
+    weights: Path | None,
+    out: Path,
+    method: str,
+    pattern: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> None:
     from rich.console import Console
 
     from twofour.cli.tables import print_pruning
     from twofour.errors import InputError
-    from twofour.pruning import prune
+    from twofour.pruning import prune, reestimate_batchnorm
+    from twofour.pruning.calibration import tracked_norms
     from twofour.sources import load_weights, resolve_model, resolve_task
-    from twofour.training import Checkpoint, evaluate
+    from twofour.training import Checkpoint, calibration_batches, evaluate
 
-    if weights is None:
-        raise InputError("prune: no weights given, expected --weights FILE with the trained dense network")
+    if data is None or weights is None:
+        missing = "data given, expected --data NAME" if data is None else "weights given, expected --weights FILE with the dense network"
+        raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {name!r}")
     task = resolve_task(data)
-    module = resolve_model(model).make(task.num_classes)
+    module = resolve_model(name).make(task.num_classes)
     load_weights(module, weights)
-    dense = evaluate(module, task)
-    record = prune(module, task.example_inputs(), method=method, include=include, exclude=exclude)
+    told = [f"dense {evaluate(module, task):.2f}"]
+    record = prune(module, task.example_inputs(), method=method, pattern=pattern, include=include, exclude=exclude)
     metric = evaluate(module, task)
-    Checkpoint.of(module, task.metric.name, metric, model=model, data=data, pruning=record).save(out)
+    told.append(f"one-shot {record.pattern} {metric:.2f}")
+    if tracked_norms(module):
+        reestimate_batchnorm(module, calibration_batches(task))
+        metric = evaluate(module, task)
+        told.append(f"with batch-norm re-estimated {metric:.2f}")
+    Checkpoint.of(module, task.metric.name, metric, model=name, data=data, pruning=record).save(out)
     console = Console()
     print_pruning(record, console)
-    console.print(f"{record}\n{task.metric.name}: dense {dense:.2f}, one-shot 2:4 {metric:.2f}\n{out}", highlight=False, soft_wrap=True)
+    console.print(f"{record}\n{task.metric.name}: {', '.join(told)}\n{out}", highlight=False, soft_wrap=True)

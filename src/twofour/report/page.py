@@ -22,6 +22,7 @@ LONGEST_UNBROKEN_NAME = 28
 VARIANTS = {
     "dense": ("Dense", "as trained"),
     "2:4 one-shot": ("2:4, one-shot", "pruned, not retrained"),
+    "2:4 one-shot, batch-norm re-estimated": ("2:4, one-shot, batch-norm", "pruned, batch-norm statistics measured anew, not retrained"),
     "2:4": ("2:4", "pruned, then retrained with the mask held"),
     "dense + same training": ("Dense + same training", "control: the 2:4 network's retraining, nothing pruned"),
 }

@@ -22,7 +22,7 @@ class _Row(BaseModel):
 class AccuracyRow(_Row):
     """One variant's metric, a value a seed."""
 
-    variant: Literal["dense", "2:4 one-shot", "2:4", "dense + same training"]
+    variant: Literal["dense", "2:4 one-shot", "2:4 one-shot, batch-norm re-estimated", "2:4", "dense + same training"]
     """Which network: dense, just pruned, retrained with the mask held, or the control: same training, no pruning."""
     values: list[float]
     """The metric on the validation set, one a seed, in the order of `seeds`."""

@@ -1,6 +1,7 @@
 """Outputs and metric of a model on a task's validation set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def predict(run: Callable[[Tensor], Tensor], task: Task, batch: int = 256) -> tu
         outputs.append(run(inputs).cpu())
         targets.append(target)
     return torch.cat(outputs), torch.cat(targets)
+
+
+def calibration_batches(task: Task, batch: int = 256, most: int = 8) -> Iterator[Tensor]:
+    """Give the inputs of the first `most` batches of the training set, in its order, without augmentation or labels."""
+    for inputs, _ in islice(loader(task, "train", batch), most):
+        yield inputs
 
 
 def evaluate(model: nn.Module, task: Task, batch: int = 256) -> float:
