@@ -19,6 +19,7 @@ KERNELS = ("tuned", "pipelined", "naive")
 TILE_TOKENS = (64, 128, 160, 176, 192, 256)
 SMEM_BYTES = 232_448  # the most one block may ask for on compute capability 9.0
 BARRIER_BYTES = 128  # full and empty barriers behind the stages
+FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
 MAX_DIM = 2**31 - 1
 
 
@@ -223,7 +224,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
         group=pick_group(row_tiles, config, problem.sparse, grid),
         whole_tiles=whole,
         split_blocks=split_blocks,
-        workspace_bytes=split_blocks * (accumulators + 8) if split_blocks else 0,
+        workspace_bytes=FLAG_BYTES + split_blocks * accumulators if split_blocks else 0,
     )
 
 
