@@ -203,8 +203,8 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     if reason is not None:
         raise InputError(f"{config} cannot compute {problem}: {reason}")
     if config.kernel == "naive":
-        blocks = ceil(problem.outputs / 32)
-        return Launch(blocks, 256, 0, blocks, ceil(problem.tokens / 8), problem.k_blocks, 1, blocks, 0, 0)
+        row_tiles, token_tiles = ceil(problem.weight_rows / 32), ceil(problem.tokens / 32)
+        return Launch(row_tiles * token_tiles, 256, 0, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0)
     if config.kernel == "pipelined":
         row_tiles, token_tiles = problem.row_blocks, ceil(problem.tokens / 64)
         smem = 3 * (64 * BLOCK_K * 2 + block_bytes(problem.sparse)) + BARRIER_BYTES

@@ -75,9 +75,9 @@ __device__ __forceinline__ float activate(float x) {
     if constexpr (kActivation == Activation::kGeluTanh) {
         // x / (1 + exp(-2u)) is 0.5 x (1 + tanh u) without the cancellation
         const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-        return x / (1.0f + __expf(-2.0f * u));
+        return __fdividef(x, 1.0f + __expf(-2.0f * u));
     }
-    if constexpr (kActivation == Activation::kSilu) return x / (1.0f + __expf(-x));
+    if constexpr (kActivation == Activation::kSilu) return __fdividef(x, 1.0f + __expf(-x));
     if constexpr (kActivation == Activation::kHardswish) {
         const float ramp = x + 3.0f;
         return x * (ramp < 0.0f ? 0.0f : ramp > 6.0f ? 6.0f : ramp) * (1.0f / 6.0f);
