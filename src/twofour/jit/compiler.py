@@ -63,6 +63,7 @@ def compile_source(source: Source, arch: str = ARCH, options: tuple[str, ...] = 
     """
     compiler_version()
     from cuda.core import Program, ProgramOptions
+    from cuda.core._utils.cuda_utils import CUDAError
 
     log = io.StringIO()
     program_options = ProgramOptions(name=source.name, arch=arch, std="c++17", ptxas_options=["-v", *options])
@@ -72,7 +73,7 @@ def compile_source(source: Source, arch: str = ARCH, options: tuple[str, ...] = 
             cubin = bytes(program.compile("cubin", logs=log).code)
         finally:
             program.close()
-    except RuntimeError as e:
+    except (RuntimeError, CUDAError) as e:
         first = next((line for line in f"{e}\n{log.getvalue()}".splitlines() if "error" in line.lower()), str(e))
         raise UnsupportedError(f"kernel {source.name} did not compile for {arch} with NVRTC {compiler_version()}: {first.strip()}") from e
     return Compiled(cubin, log.getvalue())

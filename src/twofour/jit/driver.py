@@ -117,7 +117,7 @@ def encode_rows(pointer: int, rows: int, columns: int, box_rows: int, box_column
         InputError: `pointer` or a row is not 16-byte aligned.
     """
     if pointer % 16 or columns % 8:
-        raise InputError(f"x lies at address {pointer:#x} with {columns} columns, expected 16-byte aligned rows; copy it to a fresh tensor")
+        raise InputError(f"a matrix lies at address {pointer:#x} with {columns} columns, expected 16-byte aligned rows; copy it to a fresh tensor")
     d = bindings()
     u64, u32 = d.cuuint64_t, d.cuuint32_t
     kind = d.CUtensorMapDataType
@@ -135,7 +135,7 @@ def encode_rows(pointer: int, rows: int, columns: int, box_rows: int, box_column
             d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
-        "encoding the tensor map of x",
+        "encoding a tensor map",
     )
     return ctypes.string_at(int(encoded.getPtr()), 128)
 

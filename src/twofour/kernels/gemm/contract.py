@@ -16,8 +16,9 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "hardswish")
 INPUT_DTYPES = ("bf16", "fp16")
 OUTPUT_DTYPES = ("bf16", "fp16", "fp32")
 KERNELS = ("tuned", "pipelined", "naive")
-TILE_TOKENS = (64, 128, 160, 176, 192, 256)
+TILE_TOKENS = (*range(64, 193, 8), 208, 224, 240, 256)
 SMEM_BYTES = 232_448  # the most one block may ask for on compute capability 9.0
+MAX_STAGES = 4
 BARRIER_BYTES = 128  # full and empty barriers behind the stages
 FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
 MAX_DIM = 2**31 - 1
@@ -115,7 +116,7 @@ class Config:
     kernel: str = "tuned"
     tile_rows: int = 256
     tile_tokens: int = 192
-    stages: int = 5
+    stages: int = 3
     split: bool = True
 
 
@@ -153,6 +154,27 @@ def stage_bytes(config: Config, sparse: bool) -> int:
     return config.tile_tokens * BLOCK_K * 2 + config.tile_rows // BLOCK_ROWS * block_bytes(sparse)
 
 
+def staging_bytes(problem: Problem, config: Config, rounds: int) -> int:
+    """Return the bytes in which 16-bit outputs wait for the copy engine, a tile of D in `rounds`; none for fp32, stored from registers."""
+    if problem.out_dtype == "fp32":
+        return 0
+    return config.tile_rows * config.tile_tokens * 2 // (2 if problem.epilogue.gated else 1) // rounds
+
+
+def smem_bytes(problem: Problem, config: Config, rounds: int) -> int:
+    """Return the dynamic shared memory of the tuned kernel: ring, staged outputs, barriers."""
+    return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config, rounds) + BARRIER_BYTES
+
+
+def staging_rounds(problem: Problem, config: Config) -> int:
+    """Return in how many rounds a tile's outputs are staged: 1, or 2 where one does not fit beside the ring; 0 where neither fits."""
+    warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+    for rounds in (1, 2):
+        if warpgroup_tokens % (8 * rounds) == 0 and smem_bytes(problem, config, rounds) <= SMEM_BYTES:
+            return rounds
+    return 0
+
+
 def why_not(problem: Problem, config: Config) -> str | None:
     """Return why `config` cannot compute `problem`, or None when it can. The only legality rule."""
     if config.kernel not in KERNELS:
@@ -162,23 +184,23 @@ def why_not(problem: Problem, config: Config) -> str | None:
     if config.tile_rows not in (128, 256):
         return f"a tile of {config.tile_rows} rows is not built, expected 128 or 256"
     if config.tile_tokens not in TILE_TOKENS:
-        return f"a tile of {config.tile_tokens} tokens is not built, expected one of {', '.join(map(str, TILE_TOKENS))}"
+        return f"a tile of {config.tile_tokens} tokens is not built, expected a multiple of 8 from 64 to 192, or of 16 up to 256"
     if config.tile_rows == 256 and config.tile_tokens > 192:
         return f"a tile of 256 rows and {config.tile_tokens} tokens needs more accumulator registers than a thread has, expected at most 192"
-    if config.tile_rows == 128 and config.tile_tokens not in (128, 256):
-        return f"a tile of 128 rows halves its tokens between two warpgroups, expected 128 or 256 tokens, got {config.tile_tokens}"
+    if config.tile_rows == 128 and (config.tile_tokens < 128 or config.tile_tokens % 16):
+        return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens} tokens"
     if config.stages < 3:
         return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
-    needed = config.stages * stage_bytes(config, problem.sparse) + BARRIER_BYTES
-    if needed > SMEM_BYTES:
-        return f"{config.stages} stages need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
+    if staging_rounds(problem, config) == 0:
+        needed = smem_bytes(problem, config, 1)
+        return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
     return None
 
 
-def most_stages(tile_rows: int, tile_tokens: int, sparse: bool) -> int:
-    """Return the deepest ring of at most 6 stages that fits for a tile."""
-    one = stage_bytes(Config(tile_rows=tile_rows, tile_tokens=tile_tokens), sparse)
-    return min(6, (SMEM_BYTES - BARRIER_BYTES) // one)
+def most_stages(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
+    """Return the deepest ring of at most `MAX_STAGES` that fits; deeper ones were slower once the power limit holds the clock."""
+    fitting = [s for s in range(3, MAX_STAGES + 1) if staging_rounds(problem, Config("tuned", tile_rows, tile_tokens, s)) == 1]
+    return max(fitting, default=3)
 
 
 def pick_group(row_tiles: int, config: Config, sparse: bool, grid: int) -> int:
@@ -217,7 +239,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     return Launch(
         grid=grid,
         threads=384,
-        smem_bytes=config.stages * stage_bytes(config, problem.sparse) + BARRIER_BYTES,
+        smem_bytes=smem_bytes(problem, config, staging_rounds(problem, config)),
         row_tiles=row_tiles,
         token_tiles=token_tiles,
         k_blocks=k_blocks,
@@ -234,54 +256,44 @@ MIN_SPLIT_K_BLOCKS = 6  # shorter pieces cost more in partial sums than they sav
 def share_out(tiles: int, k_blocks: int, num_sms: int) -> tuple[int, int]:
     """Return (tiles computed whole, thread blocks that share the rest along the inputs); (tiles, 0) where nothing is gained.
 
-    The rest is the last partly filled wave plus, where there is one, the full wave before it: then no piece is shorter than a whole tile's
-    worth of work a thread block, and each block's partial sum was written long before its reader needs it.
+    The rest is the last, partly filled wave. It is cut evenly among all thread blocks, or into a whole number of pieces a tile where that
+    leaves few thread blocks idle: then all pieces walk the same inputs at the same time and find them in the L2.
     """
-    left = tiles % num_sms
-    if left == 0 or left > 0.92 * num_sms:
+    rest = tiles % num_sms
+    if rest == 0:
         return tiles, 0
-    rest = left if tiles < num_sms else left + num_sms
-    work = rest * k_blocks
-    blocks = min(num_sms, work // MIN_SPLIT_K_BLOCKS)
-    if rest <= num_sms and blocks < 2 * rest and blocks < 1.15 * rest:
+    blocks = min(num_sms, rest * k_blocks // MIN_SPLIT_K_BLOCKS)
+    pieces = num_sms // rest
+    if pieces > 1 and pieces * rest > 0.9 * num_sms:
+        blocks = min(blocks, pieces * rest)
+    if blocks < 1.15 * rest:
         return tiles, 0
-    if rest < num_sms and num_sms // rest * rest > 0.9 * num_sms and num_sms // rest > 1:
-        blocks = min(blocks, num_sms // rest * rest)
     return tiles - rest, blocks
 
 
-# Main-loop clocks a k block of one tile, measured on the H200 (docs/kernels/gemm.md); the model's only table.
-CLOCKS_A_K_BLOCK: dict[tuple[bool, int, int], float] = {
-    (True, 256, 192): 1010.0,
-    (True, 256, 176): 930.0,
-    (True, 256, 160): 860.0,
-    (True, 256, 128): 715.0,
-    (True, 256, 64): 430.0,
-    (True, 128, 256): 800.0,
-    (True, 128, 128): 440.0,
-    (False, 256, 192): 1650.0,
-    (False, 256, 176): 1520.0,
-    (False, 256, 160): 1400.0,
-    (False, 256, 128): 1150.0,
-    (False, 256, 64): 650.0,
-    (False, 128, 256): 1150.0,
-    (False, 128, 128): 650.0,
+# The model, fitted to measurements on the H200 (docs/kernels/gemm.md): microseconds.
+LAUNCH_US = 3.0  # launch, first loads, last stores
+STORE_US_A_TOKEN = 0.009  # storing one token column of a tile
+PARTIAL_US_A_TOKEN = 0.045  # writing and reading one column of partial sums
+K_BLOCK_US: dict[tuple[bool, int], tuple[float, float]] = {  # (sparse, tile rows): a k block takes a + b x tile tokens
+    (True, 256): (0.081, 0.00286),
+    (True, 128): (0.10, 0.00143),
+    (False, 256): (0.10, 0.0047),
+    (False, 128): (0.12, 0.0025),
 }
-FILL_CLOCKS = 1500.0  # launch, first loads, last stores
-PARTIAL_CLOCKS_AN_ELEMENT = 0.12  # writing and reading one fp32 partial sum of a tile
 
 
-def modelled_clocks(problem: Problem, config: Config, num_sms: int = 132) -> float:
-    """Return the modelled clocks of `config`: the busiest thread block's k blocks, stores and partial sums."""
+def modelled_us(problem: Problem, config: Config, num_sms: int = 132) -> float:
+    """Return the modelled time of `config`: the busiest thread block's k blocks, stores and partial sums."""
     launch = derive(problem, config, num_sms)
-    per_k = CLOCKS_A_K_BLOCK[problem.sparse, config.tile_rows, config.tile_tokens]
-    elements = config.tile_rows * config.tile_tokens
-    store = elements * 0.045
-    clocks = FILL_CLOCKS + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * per_k + store)
+    fixed, a_token = K_BLOCK_US[problem.sparse, config.tile_rows]
+    k_block = fixed + a_token * config.tile_tokens
+    store = STORE_US_A_TOKEN * config.tile_tokens * config.tile_rows / 256
+    us = LAUNCH_US + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * k_block + store)
     if launch.split_blocks:
         rest = launch.tiles - launch.whole_tiles
-        clocks += rest * launch.k_blocks / launch.split_blocks * per_k + store + elements * PARTIAL_CLOCKS_AN_ELEMENT
-    return clocks
+        us += rest * launch.k_blocks / launch.split_blocks * k_block + store + PARTIAL_US_A_TOKEN * config.tile_tokens * config.tile_rows / 256
+    return us
 
 
 def candidates(problem: Problem, num_sms: int = 132, limit: int = 8) -> Sequence[Config]:
@@ -289,14 +301,14 @@ def candidates(problem: Problem, num_sms: int = 132, limit: int = 8) -> Sequence
     found: dict[Config, float] = {}
     for tile_rows in (256, 128):
         for tile_tokens in TILE_TOKENS:
-            stages = most_stages(tile_rows, tile_tokens, problem.sparse)
+            stages = most_stages(problem, tile_rows, tile_tokens)
             for split in (False, True):
                 config = Config("tuned", tile_rows, tile_tokens, stages, split)
                 if why_not(problem, config) is not None:
                     continue
                 if split and derive(problem, config, num_sms).split_blocks == 0:
                     continue
-                found[config] = modelled_clocks(problem, config, num_sms)
+                found[config] = modelled_us(problem, config, num_sms)
     return sorted(found, key=lambda config: (found[config], config))[:limit]
 
 

@@ -18,6 +18,7 @@ struct Divisor {
 // Laid out like kernels/gemm/launch.py packs it.
 struct alignas(64) GemmParams {
     TensorMap x;             // activations [tokens, inputs], box 64 inputs by a tile's tokens, 128-byte swizzle
+    TensorMap d_map;         // outputs [tokens, outputs], box 64 outputs by a warpgroup's tokens, 128-byte swizzle
     const uint8* weight;     // packed blocks [row_blocks, k_blocks]
     void* d;                 // [tokens, outputs]
     const float* scale;      // [weight_rows]
@@ -108,40 +109,64 @@ struct RowConstants {
     }
 };
 
+// Values of D from four neighbouring packed rows of one token: four, or two when gated.
+template <class E>
+struct Finished {
+    static constexpr int kCount = E::kGated ? 2 : 4;
+    static constexpr bool kBf16 = E::kOutput == Output::kBf16;
+    float y[kCount];
+
+    // Where they lie in D: multiples of 4 (2 when gated).
+    __device__ static __forceinline__ long long offset(const GemmParams& p, int row, int token) {
+        return static_cast<long long>(token) * p.outputs + (E::kGated ? row >> 1 : row);
+    }
+
+    __device__ __forceinline__ Finished(const GemmParams& p, const RowConstants<E>& constants, int row, int token, const float (&sums)[4]) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) y[i] = constants.linear(sums[i], i);
+        if constexpr (E::kResidual) {
+            if (row < p.weight_rows && token < p.tokens) add_residual(p.residual, offset(p, row, token));
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            y[i] = activate<E::kActivation>(y[i]);
+            if constexpr (E::kGated) y[i] *= constants.linear(sums[i + 2], i + 2);
+        }
+    }
+
+    __device__ __forceinline__ void add_residual(const void* residual, long long at) {
+        if constexpr (E::kOutput == Output::kFp32) {
+            const float4 r = *reinterpret_cast<const float4*>(static_cast<const float*>(residual) + at);
+            y[0] += r.x, y[1] += r.y, y[2] += r.z, y[3] += r.w;
+        } else {
+            const uint2 r = *reinterpret_cast<const uint2*>(static_cast<const uint16*>(residual) + at);
+            y[0] += to_float<kBf16>(static_cast<uint16>(r.x)), y[1] += to_float<kBf16>(static_cast<uint16>(r.x >> 16));
+            y[2] += to_float<kBf16>(static_cast<uint16>(r.y)), y[3] += to_float<kBf16>(static_cast<uint16>(r.y >> 16));
+        }
+    }
+
+    __device__ __forceinline__ void store_global(void* d, long long at) const {
+        if constexpr (E::kOutput == Output::kFp32) {
+            float* out = static_cast<float*>(d) + at;
+            if constexpr (E::kGated) *reinterpret_cast<float2*>(out) = make_float2(y[0], y[1]);
+            else *reinterpret_cast<float4*>(out) = make_float4(y[0], y[1], y[2], y[3]);
+        } else {
+            uint16* out = static_cast<uint16*>(d) + at;
+            if constexpr (E::kGated) *reinterpret_cast<uint32*>(out) = pack_pair<kBf16>(y[0], y[1]);
+            else *reinterpret_cast<uint2*>(out) = make_uint2(pack_pair<kBf16>(y[0], y[1]), pack_pair<kBf16>(y[2], y[3]));
+        }
+    }
+
+    __device__ __forceinline__ void store_staged(uint32 address) const {
+        if constexpr (E::kGated) store_shared(address, pack_pair<kBf16>(y[0], y[1]));
+        else store_shared(address, pack_pair<kBf16>(y[0], y[1]), pack_pair<kBf16>(y[2], y[3]));
+    }
+};
+
 // Finish four neighbouring packed rows of one token and store them: 8 bytes (16 as fp32), half of that when gated.
 template <class E>
 __device__ __forceinline__ void finish(const GemmParams& p, const RowConstants<E>& constants, int row, int token, const float (&sums)[4]) {
-    constexpr int kCount = E::kGated ? 2 : 4;
-    constexpr bool kBf16Out = E::kOutput == Output::kBf16;
-    const long long at = static_cast<long long>(token) * p.outputs + (E::kGated ? row >> 1 : row);
-    float y[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = constants.linear(sums[i], i);
-    if constexpr (E::kResidual) {
-        if constexpr (E::kOutput == Output::kFp32) {
-            const float4 r = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(p.residual) + at));
-            y[0] += r.x, y[1] += r.y, y[2] += r.z, y[3] += r.w;
-        } else {
-            const uint2 r = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16*>(p.residual) + at));
-            y[0] += to_float<kBf16Out>(static_cast<uint16>(r.x)), y[1] += to_float<kBf16Out>(static_cast<uint16>(r.x >> 16));
-            y[2] += to_float<kBf16Out>(static_cast<uint16>(r.y)), y[3] += to_float<kBf16Out>(static_cast<uint16>(r.y >> 16));
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        y[i] = activate<E::kActivation>(y[i]);
-        if constexpr (E::kGated) y[i] *= constants.linear(sums[i + 2], i + 2);
-    }
-    if constexpr (E::kOutput == Output::kFp32) {
-        float* d = static_cast<float*>(p.d) + at;
-        if constexpr (E::kGated) *reinterpret_cast<float2*>(d) = make_float2(y[0], y[1]);
-        else *reinterpret_cast<float4*>(d) = make_float4(y[0], y[1], y[2], y[3]);
-    } else {
-        uint16* d = static_cast<uint16*>(p.d) + at;
-        const uint32 low = pack_pair<kBf16Out>(y[0], y[1]);
-        if constexpr (E::kGated) *reinterpret_cast<uint32*>(d) = low;
-        else *reinterpret_cast<uint2*>(d) = make_uint2(low, pack_pair<kBf16Out>(y[2], y[3]));
-    }
+    Finished<E>(p, constants, row, token, sums).store_global(p.d, Finished<E>::offset(p, row, token));
 }
 
 }  // namespace twofour

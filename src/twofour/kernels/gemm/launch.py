@@ -7,14 +7,15 @@ from twofour.errors import InputError, UnsupportedError
 from twofour.jit import driver
 from twofour.jit.cache import Cache, default_cache
 from twofour.jit.source import Source
-from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive
+from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, staging_rounds
 from twofour.kernels.gemm.source import source
+from twofour.pattern.pack_sm90 import BLOCK_K
 
-# struct GemmParams of gemm_common_16bit.cuh: tensor map, 7 pointers, 13 integers, 5 divisors; 64-byte aligned.
-_POINTERS = struct.Struct("<128s7Q")
+# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned.
+_POINTERS = struct.Struct("<128s128s7Q")
 _SIZES = struct.Struct("<13i10I")
-_PARAMS_BYTES = 320
-_BOX_INPUTS = 64
+_PARAMS_BYTES = 448
+BOX_OUTPUTS = 64
 _KEPT_MAPS = 64
 
 
@@ -77,7 +78,7 @@ class Gemm:
         kernel = _kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder)
         params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
         self._launcher = driver.Launcher(kernel, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
-        self._maps: dict[int, bytes] = {}
+        self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         e = problem.epilogue
         self._wanted = tuple(name for name, on in (("scale", e.scale), ("bias", e.bias), ("residual", e.residual)) if on)
 
@@ -108,13 +109,18 @@ class Gemm:
                     raise InputError(f"the epilogue adds {name}, expected its address, got none; pass {name}=")
         if self.plan.workspace_bytes and not workspace:
             raise InputError(f"this schedule needs {self.plan.workspace_bytes} bytes of workspace, got none; allocate it zeroed once")
-        box = self._maps.get(x) or self._map(x)
-        self._launcher.launch(_POINTERS.pack_into, (box, weight, d, scale, bias, residual, workspace, x), stream)
+        x_map, d_map = self._maps.get((x, d)) or self._encode(x, d)
+        self._launcher.launch(_POINTERS.pack_into, (x_map, d_map, weight, d, scale, bias, residual, workspace, x), stream)
 
-    def _map(self, x: int) -> bytes:
-        rows = {"tuned": self.config.tile_tokens, "pipelined": 64, "naive": 64}[self.config.kernel]
-        encoded = driver.encode_rows(x, self.problem.tokens, self.problem.inputs, rows, _BOX_INPUTS, self.problem.dtype)
+    def _encode(self, x: int, d: int) -> tuple[bytes, bytes]:
+        p, config = self.problem, self.config
+        tuned = config.kernel == "tuned"
+        x_map = driver.encode_rows(x, p.tokens, p.inputs, config.tile_tokens if tuned else 64, BLOCK_K, p.dtype)
+        box_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+        box_tokens //= staging_rounds(p, config) if tuned else 1
+        staged = tuned and p.out_dtype != "fp32"
+        d_map = driver.encode_rows(d, p.tokens, p.outputs, box_tokens, BOX_OUTPUTS, p.out_dtype) if staged else bytes(128)
         if len(self._maps) >= _KEPT_MAPS:
             self._maps.clear()
-        self._maps[x] = encoded
-        return encoded
+        self._maps[x, d] = x_map, d_map
+        return x_map, d_map

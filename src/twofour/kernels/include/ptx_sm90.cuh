@@ -58,6 +58,22 @@ __device__ __forceinline__ void copy_box(uint32 destination, const TensorMap* ma
                  : "memory");
 }
 
+// 9.7.9.25.5.2 cp.async.bulk.tensor, shared to global: a box, clipped at the tensor's edges
+__device__ __forceinline__ void store_box(const TensorMap* map, uint32 source, int inner, int outer) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source), "r"(inner), "r"(outer)
+                 : "memory");
+}
+
+// 9.7.9.25.3 cp.async.bulk.commit_group and wait_group.read: the sources of all but kPending groups may be overwritten
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// 9.7.13.4 fence.proxy.async: the copy engine sees this thread's writes to shared memory
+__device__ __forceinline__ void fence_shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // 9.7.9.26 prefetch.tensormap
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
@@ -67,6 +83,12 @@ __device__ __forceinline__ void load_shared(uint32 (&words)[4], uint32 address) 
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(address)
                  : "memory");
+}
+
+// 9.7.9.11 st.shared
+__device__ __forceinline__ void store_shared(uint32 address, uint32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+__device__ __forceinline__ void store_shared(uint32 address, uint32 low, uint32 high) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
 }
 
 // 9.7.19.5 setmaxnreg

@@ -27,22 +27,44 @@ __device__ __forceinline__ void hold_accumulators(float (&accumulators)[kCount])
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
 }
 
-// Operand lists: TF_TEN(2) names registers 20 to 29, TF_OUT8(16) binds accumulators 16 to 23.
-#define TF_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
-#define TF_TEN_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9"
-#define TF_LIST_30 TF_TEN_0 ", " TF_TEN(1) ", " TF_TEN(2)
-#define TF_LIST_60 TF_LIST_30 ", " TF_TEN(3) ", " TF_TEN(4) ", " TF_TEN(5)
+// Operand lists: TF_LIST_n names accumulators 0 to n - 1, TF_OUT_n binds them.
+#define TF_NAME10(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define TF_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TF_LIST_30 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TF_NAME10(1) ", " TF_NAME10(2)
 #define TF_LIST_32 TF_LIST_30 ", %30, %31"
+#define TF_LIST_36 TF_LIST_32 ", %32, %33, %34, %35"
+#define TF_LIST_40 TF_LIST_36 ", %36, %37, %38, %39"
+#define TF_LIST_44 TF_LIST_40 ", %40, %41, %42, %43"
+#define TF_LIST_48 TF_LIST_44 ", %44, %45, %46, %47"
+#define TF_LIST_52 TF_LIST_48 ", %48, %49, %50, %51"
+#define TF_LIST_56 TF_LIST_52 ", %52, %53, %54, %55"
+#define TF_LIST_60 TF_LIST_56 ", %56, %57, %58, %59"
 #define TF_LIST_64 TF_LIST_60 ", %60, %61, %62, %63"
-#define TF_LIST_80 TF_LIST_60 ", " TF_TEN(6) ", " TF_TEN(7)
-#define TF_LIST_88 TF_LIST_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define TF_LIST_96 TF_LIST_80 ", " TF_TEN(8) ", %90, %91, %92, %93, %94, %95"
-#define TF_OUT8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define TF_OUT_32 TF_OUT8(0), TF_OUT8(8), TF_OUT8(16), TF_OUT8(24)
-#define TF_OUT_64 TF_OUT_32, TF_OUT8(32), TF_OUT8(40), TF_OUT8(48), TF_OUT8(56)
-#define TF_OUT_80 TF_OUT_64, TF_OUT8(64), TF_OUT8(72)
-#define TF_OUT_88 TF_OUT_80, TF_OUT8(80)
-#define TF_OUT_96 TF_OUT_88, TF_OUT8(88)
+#define TF_LIST_68 TF_LIST_64 ", %64, %65, %66, %67"
+#define TF_LIST_72 TF_LIST_68 ", %68, %69, %70, %71"
+#define TF_LIST_76 TF_LIST_72 ", %72, %73, %74, %75"
+#define TF_LIST_80 TF_LIST_76 ", %76, %77, %78, %79"
+#define TF_LIST_84 TF_LIST_80 ", %80, %81, %82, %83"
+#define TF_LIST_88 TF_LIST_84 ", %84, %85, %86, %87"
+#define TF_LIST_92 TF_LIST_88 ", %88, %89, %90, %91"
+#define TF_LIST_96 TF_LIST_92 ", %92, %93, %94, %95"
+#define TF_OUT_32 TF_OUT4(0), TF_OUT4(4), TF_OUT4(8), TF_OUT4(12), TF_OUT4(16), TF_OUT4(20), TF_OUT4(24), TF_OUT4(28)
+#define TF_OUT_36 TF_OUT_32, TF_OUT4(32)
+#define TF_OUT_40 TF_OUT_36, TF_OUT4(36)
+#define TF_OUT_44 TF_OUT_40, TF_OUT4(40)
+#define TF_OUT_48 TF_OUT_44, TF_OUT4(44)
+#define TF_OUT_52 TF_OUT_48, TF_OUT4(48)
+#define TF_OUT_56 TF_OUT_52, TF_OUT4(52)
+#define TF_OUT_60 TF_OUT_56, TF_OUT4(56)
+#define TF_OUT_64 TF_OUT_60, TF_OUT4(60)
+#define TF_OUT_68 TF_OUT_64, TF_OUT4(64)
+#define TF_OUT_72 TF_OUT_68, TF_OUT4(68)
+#define TF_OUT_76 TF_OUT_72, TF_OUT4(72)
+#define TF_OUT_80 TF_OUT_76, TF_OUT4(76)
+#define TF_OUT_84 TF_OUT_80, TF_OUT4(80)
+#define TF_OUT_88 TF_OUT_84, TF_OUT4(84)
+#define TF_OUT_92 TF_OUT_88, TF_OUT4(88)
+#define TF_OUT_96 TF_OUT_92, TF_OUT4(92)
 
 #define TF_WGMMA_SPARSE(N, TYPE, COUNT, A, B, E, P)                                                              \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                            \
@@ -79,11 +101,23 @@ struct Wgmma;
         }                                                                                                        \
     };
 
-// The four numbers are the operand positions behind the accumulators.
+// Columns, accumulators, and the four operand positions behind them.
 TF_DEFINE_WGMMA(64, 32, 32, 33, 34, 35)
+TF_DEFINE_WGMMA(72, 36, 36, 37, 38, 39)
+TF_DEFINE_WGMMA(80, 40, 40, 41, 42, 43)
+TF_DEFINE_WGMMA(88, 44, 44, 45, 46, 47)
+TF_DEFINE_WGMMA(96, 48, 48, 49, 50, 51)
+TF_DEFINE_WGMMA(104, 52, 52, 53, 54, 55)
+TF_DEFINE_WGMMA(112, 56, 56, 57, 58, 59)
+TF_DEFINE_WGMMA(120, 60, 60, 61, 62, 63)
 TF_DEFINE_WGMMA(128, 64, 64, 65, 66, 67)
+TF_DEFINE_WGMMA(136, 68, 68, 69, 70, 71)
+TF_DEFINE_WGMMA(144, 72, 72, 73, 74, 75)
+TF_DEFINE_WGMMA(152, 76, 76, 77, 78, 79)
 TF_DEFINE_WGMMA(160, 80, 80, 81, 82, 83)
+TF_DEFINE_WGMMA(168, 84, 84, 85, 86, 87)
 TF_DEFINE_WGMMA(176, 88, 88, 89, 90, 91)
+TF_DEFINE_WGMMA(184, 92, 92, 93, 94, 95)
 TF_DEFINE_WGMMA(192, 96, 96, 97, 98, 99)
 
 }  // namespace twofour
