@@ -74,6 +74,6 @@ def compile_source(source: Source, arch: str = ARCH, options: tuple[str, ...] = 
         finally:
             program.close()
     except (RuntimeError, CUDAError) as e:
-        first = next((line for line in f"{e}\n{log.getvalue()}".splitlines() if "error" in line.lower()), str(e))
+        first = next((line for line in f"{e}\n{log.getvalue()}".splitlines() if ": error:" in line), str(e).splitlines()[0])
         raise UnsupportedError(f"kernel {source.name} did not compile for {arch} with NVRTC {compiler_version()}: {first.strip()}") from e
     return Compiled(cubin, log.getvalue())

@@ -18,7 +18,8 @@ OUTPUT_DTYPES = ("bf16", "fp16", "fp32")
 KERNELS = ("tuned", "pipelined", "naive")
 TILE_TOKENS = (*range(64, 193, 8), 208, 224, 240, 256)
 SMEM_BYTES = 232_448  # the most one block may ask for on compute capability 9.0
-MAX_STAGES = 4
+MAX_STAGES = 5
+STORE_CHUNKS = 4
 BARRIER_BYTES = 128  # full and empty barriers behind the stages
 FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
 MAX_DIM = 2**31 - 1
@@ -116,7 +117,7 @@ class Config:
     kernel: str = "tuned"
     tile_rows: int = 256
     tile_tokens: int = 192
-    stages: int = 3
+    stages: int = 4
     split: bool = True
 
 
@@ -154,25 +155,22 @@ def stage_bytes(config: Config, sparse: bool) -> int:
     return config.tile_tokens * BLOCK_K * 2 + config.tile_rows // BLOCK_ROWS * block_bytes(sparse)
 
 
-def staging_bytes(problem: Problem, config: Config, rounds: int) -> int:
-    """Return the bytes in which 16-bit outputs wait for the copy engine, a tile of D in `rounds`; none for fp32, stored from registers."""
+def staging_bytes(problem: Problem, config: Config) -> int:
+    """Return the bytes in which 16-bit outputs wait for the copy engine: half a tile of D; none for fp32, stored from registers."""
     if problem.out_dtype == "fp32":
         return 0
-    return config.tile_rows * config.tile_tokens * 2 // (2 if problem.epilogue.gated else 1) // rounds
+    return config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
 
 
-def smem_bytes(problem: Problem, config: Config, rounds: int) -> int:
+def store_chunks(config: Config) -> int:
+    """Return in how many boxes of whole eight tokens a warpgroup's staged outputs leave: small ones, which let loads pass between."""
+    tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+    return next(chunks for chunks in (STORE_CHUNKS, 3, 2, 1) if tokens % (8 * chunks) == 0)
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
     """Return the dynamic shared memory of the tuned kernel: ring, staged outputs, barriers."""
-    return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config, rounds) + BARRIER_BYTES
-
-
-def staging_rounds(problem: Problem, config: Config) -> int:
-    """Return in how many rounds a tile's outputs are staged: 1, or 2 where one does not fit beside the ring; 0 where neither fits."""
-    warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
-    for rounds in (1, 2):
-        if warpgroup_tokens % (8 * rounds) == 0 and smem_bytes(problem, config, rounds) <= SMEM_BYTES:
-            return rounds
-    return 0
+    return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config) + BARRIER_BYTES
 
 
 def why_not(problem: Problem, config: Config) -> str | None:
@@ -191,16 +189,16 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens} tokens"
     if config.stages < 3:
         return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
-    if staging_rounds(problem, config) == 0:
-        needed = smem_bytes(problem, config, 1)
+    needed = smem_bytes(problem, config)
+    if needed > SMEM_BYTES:
         return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
     return None
 
 
 def most_stages(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
     """Return the deepest ring of at most `MAX_STAGES` that fits; deeper ones were slower once the power limit holds the clock."""
-    fitting = [s for s in range(3, MAX_STAGES + 1) if staging_rounds(problem, Config("tuned", tile_rows, tile_tokens, s)) == 1]
-    return max(fitting, default=3)
+    config = Config(tile_rows=tile_rows, tile_tokens=tile_tokens, stages=0)
+    return min(MAX_STAGES, (SMEM_BYTES - smem_bytes(problem, config)) // stage_bytes(config, problem.sparse))
 
 
 def pick_group(row_tiles: int, config: Config, sparse: bool, grid: int) -> int:
@@ -239,7 +237,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     return Launch(
         grid=grid,
         threads=384,
-        smem_bytes=smem_bytes(problem, config, staging_rounds(problem, config)),
+        smem_bytes=smem_bytes(problem, config),
         row_tiles=row_tiles,
         token_tiles=token_tiles,
         k_blocks=k_blocks,

@@ -7,12 +7,12 @@
 
 namespace twofour {
 
-template <int kTileRows_, int kTileTokens_, int kStages_, int kRounds_, bool kSparse_, bool kBf16_>
+template <int kTileRows_, int kTileTokens_, int kStages_, int kChunks_, bool kSparse_, bool kBf16_>
 struct TileChoice {
     static constexpr int kTileRows = kTileRows_;
     static constexpr int kTileTokens = kTileTokens_;
     static constexpr int kStages = kStages_;
-    static constexpr int kRounds = kRounds_;  // in which a tile's outputs pass through the staging
+    static constexpr int kChunks = kChunks_;  // in which a warpgroup's staged outputs leave
     static constexpr bool kSparse = kSparse_;
     static constexpr bool kBf16 = kBf16_;
 
@@ -27,7 +27,7 @@ struct TileChoice {
     static_assert(kTileRows == 256 || kTileRows == 128, "a tile has one or two packed blocks of rows");
     static_assert(kStageBytes % 1024 == 0, "a swizzled tile starts at a multiple of 1024 bytes");
     static_assert(kTileTokens <= 256, "a tensor-map box has at most 256 rows");
-    static_assert(kWarpgroupTokens % (8 * kRounds) == 0, "every round stages whole groups of eight tokens");
+    static_assert(kWarpgroupTokens % (8 * kChunks) == 0, "a stored box starts where the swizzle repeats, every eight tokens");
     static_assert(kStages >= 3, "one stage is multiplied, one drained and one filled at a time");
 };
 
@@ -176,17 +176,62 @@ __device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup,
     }
 }
 
-// How a warpgroup's 128 rows leave: 16-bit outputs are staged in shared memory and stored by the copy engine while the next tile is multiplied.
+// How outputs of 16 bits leave: the warpgroups take turns to write one staging buffer, and a warp of its own hands it to the copy engine in
+// chunks while the next tile is multiplied. Taking turns keeps the warpgroups apart, so that one multiplies while the other stages.
 // NOTE: stored straight from registers, all thread blocks wait for the L2 at the same moment: 2.8 us a tile on the H200, 7 % at 4096 inputs.
 template <class T, class E>
 struct Staging {
     static constexpr bool kUsed = E::kOutput != Output::kFp32;
     static constexpr int kBoxes = E::kGated ? 1 : 2;  // of 64 outputs
-    static constexpr int kTokens = T::kWarpgroupTokens / T::kRounds;
-    static constexpr int kBoxBytes = kTokens * 128;
-    static constexpr int kWarpgroupBytes = kUsed ? kBoxes * kBoxBytes : 0;
-    static constexpr int kBytes = 2 * kWarpgroupBytes;
+    static constexpr int kBoxBytes = T::kWarpgroupTokens * 128;
+    static constexpr int kBytes = kUsed ? kBoxes * kBoxBytes : 0;
+    static constexpr int kChunkTokens = T::kWarpgroupTokens / T::kChunks;
+
+    uint32 buffer;  // shared addresses
+    uint32 filled;
+    uint32 free;  // two barriers: it is the first, the second warpgroup's turn
 };
+
+// First row and token of a warpgroup's part of a tile.
+template <class T>
+struct Corner {
+    int row;
+    int token;
+
+    __device__ __forceinline__ Corner(const GemmParams& p, int tile, int warpgroup) {
+        const Place place(p, tile);
+        row = place.row_tile * T::kTileRows + (T::kTileRows == 256 ? warpgroup * 128 : 0);
+        token = place.token_tile * T::kTileTokens + (T::kTileRows == 256 ? 0 : warpgroup * T::kWarpgroupTokens);
+    }
+};
+
+template <class T, class E>
+__device__ __forceinline__ void store_staged_tiles(const GemmParams& p, const Staging<T, E>& staging) {
+    using S = Staging<T, E>;
+    WorkList work(p);
+    Unit unit;
+    uint32 parity = 0;
+    while (work.next(p, unit)) {
+        if (unit.first_k != 0) continue;
+#pragma unroll 1
+        for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+            const Corner<T> corner(p, unit.tile, warpgroup);
+            const int output = E::kGated ? corner.row / 2 : corner.row;
+            barrier_wait(staging.filled, parity);
+#pragma unroll 1
+            for (int c = 0; c < T::kChunks; ++c) {
+                const uint32 chunk = staging.buffer + c * S::kChunkTokens * 128;
+                const int token = corner.token + c * S::kChunkTokens;
+                if (output < p.outputs) store_box(&p.d_map, chunk, output, token);
+                if (S::kBoxes == 2 && output + 64 < p.outputs) store_box(&p.d_map, chunk + S::kBoxBytes, output + 64, token);
+                store_commit();
+                store_wait_read<0>();
+            }
+            barrier_arrive(staging.free + 8 * (warpgroup ^ 1));
+            parity ^= 1;
+        }
+    }
+}
 
 // A thread's four neighbouring rows of its token i: accumulators of column pair i / 2, member i % 2.
 struct FourRows {
@@ -200,82 +245,70 @@ __device__ __forceinline__ FourRows four_rows(const float (&sums)[2][T::kSums], 
 
 // Epilogue of a warpgroup's 128 rows: a thread holds rows 32 warp + 4 g + {0..3} of tokens 8 j + 2 t + {0, 1}.
 template <class T, class E>
-__device__ __forceinline__ void store_tile(const GemmParams& p, uint32 staging, int warpgroup, const Place& place, const float (&sums)[2][T::kSums]) {
+__device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T, E>& staging, int warpgroup, int tile, uint32 turn,
+                                           const float (&sums)[2][T::kSums]) {
     using S = Staging<T, E>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32, g = lane / 4, t = lane % 4;
-    const int first_row = place.row_tile * T::kTileRows + (T::kTileRows == 256 ? warpgroup * 128 : 0);
-    const int first_token = place.token_tile * T::kTileTokens + (T::kTileRows == 256 ? 0 : warpgroup * T::kWarpgroupTokens);
-    const int row = first_row + warp * 32 + g * 4;
+    const Corner<T> corner(p, tile, warpgroup);
+    const int row = corner.row + warp * 32 + g * 4;
     const bool is_inside = row < p.weight_rows;
     RowConstants<E> constants;
     constants.load(p, is_inside ? row : 0);
-    if constexpr (!S::kUsed) {
+    if constexpr (S::kUsed) {
+        // A token is one swizzled row of 128 bytes in a box; two warps share a box, all four when gated.
+        const int byte = E::kGated ? warp * 32 + g * 4 : warp % 2 * 64 + g * 8;
+        uint32 at[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            at[e] = staging.buffer + (E::kGated ? 0 : warp / 2 * S::kBoxBytes) + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
+        }
+        // Before its first turn the first warpgroup finds the buffer free; the second waits for the first's to have left.
+        barrier_wait(staging.free + 8 * warpgroup, turn ^ warpgroup ^ 1);
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
-            const int token = first_token + i / 2 * 8 + 2 * t + i % 2;
-            if (is_inside && token < p.tokens) finish<E>(p, constants, row, token, four_rows<T>(sums, i).sums);
-        }
-        return;
-    }
-    // A token is one swizzled row of 128 bytes in a box; two warps share a box, all four when gated.
-    const int byte = E::kGated ? warp * 32 + g * 4 : warp % 2 * 64 + g * 8;
-    staging += warpgroup * S::kWarpgroupBytes;
-    uint32 at[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-        at[e] = staging + (E::kGated ? 0 : warp / 2 * S::kBoxBytes) + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
-    }
-#pragma unroll
-    for (int round = 0; round < T::kRounds; ++round) {
-        // The boxes staged before must have left.
-        if (threadIdx.x % kWarpgroup == 0) store_wait_read<0>();
-        sync_threads(1 + warpgroup, kWarpgroup);
-        constexpr int kPairs = S::kTokens / 4;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const int token = first_token + round * S::kTokens + i / 2 * 8 + 2 * t + i % 2;
-            Finished<E>(p, constants, row, token, four_rows<T>(sums, round * kPairs + i).sums).store_staged(at[i % 2] + i / 2 * 1024);
+            const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
+            Finished<E>(p, constants, row, token, four_rows<T>(sums, i).sums).store_staged(at[i % 2] + i / 2 * 1024);
         }
         fence_shared_for_copies();
-        sync_threads(1 + warpgroup, kWarpgroup);
-        if (threadIdx.x % kWarpgroup == 0) {
-            const int output = E::kGated ? first_row / 2 : first_row;
+        barrier_arrive(staging.filled);
+    } else {
 #pragma unroll
-            for (int b = 0; b < S::kBoxes; ++b) {
-                if (output + 64 * b < p.outputs) store_box(&p.d_map, staging + b * S::kBoxBytes, output + 64 * b, first_token + round * S::kTokens);
-            }
-            store_commit();
+        for (int i = 0; i < T::kSums / 2; ++i) {
+            const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
+            if (is_inside && token < p.tokens) finish<E>(p, constants, row, token, four_rows<T>(sums, i).sums);
         }
     }
 }
 
 template <class T, class E>
-__device__ __forceinline__ void consume(const GemmParams& p, Ring ring, uint32 staging, int warpgroup) {
+__device__ __forceinline__ void consume(const GemmParams& p, Ring ring, const Staging<T, E>& staging, int warpgroup) {
     WorkList work(p);
     Unit unit;
     float sums[2][T::kSums];
+    uint32 turn = 0;
     while (work.next(p, unit)) {
-        const int k_blocks = unit.last_k - unit.first_k;
-        multiply_unit<T>(ring, warpgroup, k_blocks, sums);
+        multiply_unit<T>(ring, warpgroup, unit.last_k - unit.first_k, sums);
         if (unit.first_k != 0) {
             write_partial<T>(p, warpgroup, sums);
             continue;
         }
         if (unit.last_k != p.k_blocks) add_partials<T>(p, warpgroup, unit.tile, sums);
-        store_tile<T, E>(p, staging, warpgroup, Place(p, unit.tile), sums);
+        store_tile<T, E>(p, staging, warpgroup, unit.tile, turn, sums);
+        turn ^= 1;
     }
-    // Shared memory must outlive the copies that read it.
-    if (Staging<T, E>::kUsed && threadIdx.x % kWarpgroup == 0) store_wait_read<0>();
 }
 
 template <class T, class E>
 __device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
     extern __shared__ __align__(1024) uint8 shared[];
     Ring ring;
+    Staging<T, E> staging;
     ring.stages = shared_address(shared);
-    const uint32 staging = ring.stages + T::kStages * T::kStageBytes;
-    ring.full = staging + Staging<T, E>::kBytes;
+    staging.buffer = ring.stages + T::kStages * T::kStageBytes;
+    ring.full = staging.buffer + Staging<T, E>::kBytes;
     ring.empty = ring.full + 8 * T::kStages;
+    staging.filled = ring.empty + 8 * T::kStages;
+    staging.free = staging.filled + 8;
     if (threadIdx.x == 0) {
         prefetch_map(&p.x);
         if constexpr (Staging<T, E>::kUsed) prefetch_map(&p.d_map);
@@ -283,6 +316,9 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
             barrier_init(ring.full + 8 * i, 1);
             barrier_init(ring.empty + 8 * i, 2 * kWarpgroup / 32);
         }
+        barrier_init(staging.filled, kWarpgroup);
+        barrier_init(staging.free, 1);
+        barrier_init(staging.free + 8, 1);
         barrier_init_fence();
     }
     __syncthreads();
@@ -292,6 +328,7 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
     if (warpgroup == 2) {
         give_registers<24>();
         if (threadIdx.x == 2 * kWarpgroup) produce<T>(p, ring);
+        if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) store_staged_tiles<T, E>(p, staging);
     } else {
         take_registers<240>();
         consume<T, E>(p, ring, staging, warpgroup);

@@ -7,7 +7,7 @@ from twofour.errors import InputError, UnsupportedError
 from twofour.jit import driver
 from twofour.jit.cache import Cache, default_cache
 from twofour.jit.source import Source
-from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, staging_rounds
+from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, store_chunks
 from twofour.kernels.gemm.source import source
 from twofour.pattern.pack_sm90 import BLOCK_K
 
@@ -79,6 +79,10 @@ class Gemm:
         params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
         self._launcher = driver.Launcher(kernel, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
         self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        tuned, config = self.config.kernel == "tuned", self.config
+        self._x_box = config.tile_tokens if tuned else 64
+        warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+        self._d_box = warpgroup_tokens // store_chunks(config) if tuned and problem.out_dtype != "fp32" else 0
         e = problem.epilogue
         self._wanted = tuple(name for name, on in (("scale", e.scale), ("bias", e.bias), ("residual", e.residual)) if on)
 
@@ -113,13 +117,9 @@ class Gemm:
         self._launcher.launch(_POINTERS.pack_into, (x_map, d_map, weight, d, scale, bias, residual, workspace, x), stream)
 
     def _encode(self, x: int, d: int) -> tuple[bytes, bytes]:
-        p, config = self.problem, self.config
-        tuned = config.kernel == "tuned"
-        x_map = driver.encode_rows(x, p.tokens, p.inputs, config.tile_tokens if tuned else 64, BLOCK_K, p.dtype)
-        box_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
-        box_tokens //= staging_rounds(p, config) if tuned else 1
-        staged = tuned and p.out_dtype != "fp32"
-        d_map = driver.encode_rows(d, p.tokens, p.outputs, box_tokens, BOX_OUTPUTS, p.out_dtype) if staged else bytes(128)
+        p = self.problem
+        x_map = driver.encode_rows(x, p.tokens, p.inputs, self._x_box, BLOCK_K, p.dtype)
+        d_map = driver.encode_rows(d, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype) if self._d_box else bytes(128)
         if len(self._maps) >= _KEPT_MAPS:
             self._maps.clear()
         self._maps[x, d] = x_map, d_map

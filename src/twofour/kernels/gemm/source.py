@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from twofour.jit.source import Source, digest, flatten
-from twofour.kernels.gemm.contract import Config, Problem, staging_rounds
+from twofour.kernels.gemm.contract import Config, Problem, store_chunks
 
 FOLDER = Path(__file__).parent
 INCLUDE = FOLDER.parent / "include"
@@ -23,7 +23,7 @@ def source(problem: Problem, config: Config) -> Source:
     epilogue = f"EpilogueChoice<Activation::{_ACTIVATION[e.activation]}, {flags}, Output::{_OUTPUT[problem.out_dtype]}>"
     sparse, bf16 = _flag(problem.sparse), _flag(problem.dtype == "bf16")
     if config.kernel == "tuned":
-        tile = f"TileChoice<{config.tile_rows}, {config.tile_tokens}, {config.stages}, {staging_rounds(problem, config)}, {sparse}, {bf16}>"
+        tile = f"TileChoice<{config.tile_rows}, {config.tile_tokens}, {config.stages}, {store_chunks(config)}, {sparse}, {bf16}>"
         header, threads, call = "gemm_tuned_16bit_sm90.cuh", 384, f"gemm_tuned<{tile}, {epilogue}>"
     elif config.kernel == "pipelined":
         header, threads, call = "gemm_pipelined_16bit_sm90.cuh", 128, f"gemm_pipelined<{sparse}, {bf16}, {epilogue}>"
