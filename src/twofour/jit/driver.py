@@ -166,3 +166,19 @@ class Launcher:
             error = self._call(*self._fixed)
         if error:
             check((bindings().CUresult(error),), "launching the kernel")
+
+
+class Buffer:
+    """Device memory, freed with the object."""
+
+    def __init__(self, size: int, *, zeroed: bool = False) -> None:
+        """Allocate at least `size` bytes in the current context."""
+        d = bindings()
+        self._free = d.cuMemFree
+        self.pointer = int(check(d.cuMemAlloc(max(size, 16)), f"allocating {size} bytes"))
+        if zeroed:
+            check(d.cuMemsetD8(self.pointer, 0, max(size, 16)), "zeroing memory")
+
+    def __del__(self) -> None:
+        if hasattr(self, "pointer"):
+            self._free(self.pointer)

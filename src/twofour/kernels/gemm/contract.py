@@ -252,45 +252,40 @@ MIN_SPLIT_K_BLOCKS = 6  # shorter pieces cost more in partial sums than they sav
 
 
 def share_out(tiles: int, k_blocks: int, num_sms: int) -> tuple[int, int]:
-    """Return (tiles computed whole, thread blocks that share the rest along the inputs); (tiles, 0) where nothing is gained.
+    """Return (tiles computed whole, thread blocks that share the others along the inputs); (tiles, 0) where nothing is gained.
 
-    The rest is the last, partly filled wave. It is cut evenly among all thread blocks, or into a whole number of pieces a tile where that
-    leaves few thread blocks idle: then all pieces walk the same inputs at the same time and find them in the L2.
+    Fewer tiles than multiprocessors are cut into a whole number of equal pieces each, so that all pieces walk the same inputs at the same
+    time and find them in the L2. A last, partly filled wave behind whole ones is left alone: cutting it was slower on every shape measured.
     """
-    rest = tiles % num_sms
-    if rest == 0:
+    if tiles >= num_sms:
         return tiles, 0
-    blocks = min(num_sms, rest * k_blocks // MIN_SPLIT_K_BLOCKS)
-    pieces = num_sms // rest
-    if pieces > 1 and pieces * rest > 0.9 * num_sms:
-        blocks = min(blocks, pieces * rest)
-    if blocks < 1.15 * rest:
-        return tiles, 0
-    return tiles - rest, blocks
+    pieces = min(num_sms // tiles, k_blocks // MIN_SPLIT_K_BLOCKS)
+    return (0, pieces * tiles) if pieces > 1 else (tiles, 0)
 
 
 # The model, fitted to measurements on the H200 (docs/kernels/gemm.md): microseconds.
 LAUNCH_US = 3.0  # launch, first loads, last stores
-STORE_US_A_TOKEN = 0.009  # storing one token column of a tile
-PARTIAL_US_A_TOKEN = 0.045  # writing and reading one column of partial sums
+STORE_US_A_TOKEN = 0.0065  # what one token column of a tile costs its epilogue
+PARTIAL_US_A_TOKEN = 0.035  # writing and reading one column of partial sums, for every piece but the first
 K_BLOCK_US: dict[tuple[bool, int], tuple[float, float]] = {  # (sparse, tile rows): a k block takes a + b x tile tokens
     (True, 256): (0.081, 0.00286),
     (True, 128): (0.10, 0.00143),
     (False, 256): (0.10, 0.0047),
     (False, 128): (0.12, 0.0025),
 }
+SHALLOW_RING = 1.03  # a ring of three stages hides less latency
 
 
 def modelled_us(problem: Problem, config: Config, num_sms: int = 132) -> float:
     """Return the modelled time of `config`: the busiest thread block's k blocks, stores and partial sums."""
     launch = derive(problem, config, num_sms)
     fixed, a_token = K_BLOCK_US[problem.sparse, config.tile_rows]
-    k_block = fixed + a_token * config.tile_tokens
-    store = STORE_US_A_TOKEN * config.tile_tokens * config.tile_rows / 256
-    us = LAUNCH_US + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * k_block + store)
+    k_block = (fixed + a_token * config.tile_tokens) * (SHALLOW_RING if config.stages < 4 else 1.0)
+    columns = config.tile_tokens * config.tile_rows / 256
+    us = LAUNCH_US + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * k_block + STORE_US_A_TOKEN * columns)
     if launch.split_blocks:
-        rest = launch.tiles - launch.whole_tiles
-        us += rest * launch.k_blocks / launch.split_blocks * k_block + store + PARTIAL_US_A_TOKEN * config.tile_tokens * config.tile_rows / 256
+        pieces = launch.split_blocks // launch.tiles
+        us += ceil(launch.k_blocks / pieces) * k_block + (STORE_US_A_TOKEN + PARTIAL_US_A_TOKEN * (pieces - 1)) * columns
     return us
 
 

@@ -266,6 +266,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
         barrier_wait(staging.free + 8 * warpgroup, turn ^ warpgroup ^ 1);
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
+            // NOTE: a point the compiler schedules nothing across; without it, loads and functions of many tokens overlap and registers spill
+            if (i % 4 == 0) __syncwarp();
             const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
             Finished<E>(p, constants, row, token, four_rows<T>(sums, i).sums).store_staged(at[i % 2] + i / 2 * 1024);
         }
@@ -274,6 +276,7 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
     } else {
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
+            if (i % 4 == 0) __syncwarp();
             const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
             if (is_inside && token < p.tokens) finish<E>(p, constants, row, token, four_rows<T>(sums, i).sums);
         }
