@@ -46,7 +46,7 @@ class Cache:
         if found is not None:
             return found
         if not self.may_compile:
-            raise UnsupportedError(f"kernel {source.name} is not in the cache {self.folder} and compiling is switched off; build it once with TWOFOUR_NO_COMPILE unset")
+            raise UnsupportedError(f"kernel {source.name} is not in the cache {self.folder} and compiling is off; unset TWOFOUR_NO_COMPILE")
         compiled = compile_source(source, arch, options)
         self._write(key, source, compiled)
         return compiled
@@ -102,5 +102,7 @@ class Cache:
 
 def default_cache() -> Cache:
     """Return the cache in TWOFOUR_CACHE_DIR, else in the user's cache folder; TWOFOUR_NO_COMPILE=1 forbids compiling."""
-    folder = os.environ.get("TWOFOUR_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "twofour")
+    folder = os.environ.get("TWOFOUR_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "twofour"
+    )
     return Cache(Path(folder) / "kernels", may_compile=os.environ.get("TWOFOUR_NO_COMPILE", "0") in ("", "0"))

@@ -46,7 +46,9 @@ def bindings() -> Any:
     except RuntimeError as e:
         raise UnsupportedError(f"no NVIDIA driver was found ({e}); install one, or run on the CPU backend") from e
     if int(error) != 0:
-        raise UnsupportedError(f"the NVIDIA driver could not be initialised (CUDA error {int(error)}); check nvidia-smi, or run on the CPU backend")
+        raise UnsupportedError(
+            f"the NVIDIA driver could not be initialised (CUDA error {int(error)}); check nvidia-smi, or run on the CPU backend"
+        )
     return driver
 
 
@@ -106,7 +108,10 @@ def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int) -> int:
     library = check(d.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), f"loading kernel {name}")
     kernel = check(d.cuLibraryGetKernel(library, name.encode()), f"finding kernel {name}")
     attribute = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    check(d.cuKernelSetAttribute(attribute, shared_bytes, kernel, check(d.cuDeviceGet(device), "finding the GPU")), f"giving {name} shared memory")
+    check(
+        d.cuKernelSetAttribute(attribute, shared_bytes, kernel, check(d.cuDeviceGet(device), "finding the GPU")),
+        f"giving {name} shared memory",
+    )
     return int(kernel)
 
 
@@ -117,7 +122,9 @@ def encode_rows(pointer: int, rows: int, columns: int, box_rows: int, box_column
         InputError: `pointer` or a row is not 16-byte aligned.
     """
     if pointer % 16 or columns % 8:
-        raise InputError(f"a matrix lies at address {pointer:#x} with {columns} columns, expected 16-byte aligned rows; copy it to a fresh tensor")
+        raise InputError(
+            f"a matrix lies at address {pointer:#x} with {columns} columns, expected 16-byte aligned rows; copy it to a fresh tensor"
+        )
     d = bindings()
     u64, u32 = d.cuuint64_t, d.cuuint32_t
     kind = d.CUtensorMapDataType
@@ -150,7 +157,9 @@ class Launcher:
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self._attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0)
         self._attribute.value[0] = 1
-        self._config = _LaunchConfig((grid, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), 1 if overlap else 0)
+        self._config = _LaunchConfig(
+            (grid, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), 1 if overlap else 0
+        )
         self._call = _library().cuLaunchKernelEx
         self._fixed = (ctypes.byref(self._config), ctypes.c_void_p(kernel), ctypes.byref(self._arguments), None)
 

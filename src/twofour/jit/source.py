@@ -40,7 +40,9 @@ def flatten(text: str, folders: Iterable[Path], _seen: set[str] | None = None) -
         seen.add(header)
         path = next((folder / header for folder in folders if (folder / header).is_file()), None)
         if path is None:
-            raise InputError(f"line {number} includes {header!r}, expected in one of {', '.join(map(str, folders))}; install the package again")
+            raise InputError(
+                f"line {number} includes {header!r}, expected in one of {', '.join(map(str, folders))}; install the package again"
+            )
         lines += [f'#line 1 "{header}"', flatten(path.read_text(), folders, seen), f"#line {number + 1}"]
     return "\n".join(lines) + "\n"
 

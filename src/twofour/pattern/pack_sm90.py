@@ -1,7 +1,7 @@
 """A weight in the order the Hopper kernels read it: blocks of 128 rows by 64 inputs, each one contiguous bulk copy.
 
-A sparse block is 8192 bytes of kept values, in shared-memory swizzled order, then 1024 bytes of lane-ready `wgmma.sp` metadata. A dense block
-is 16384 bytes of values. Blocks lie `[row_block, k_block]`. One packed weight serves every tile of the kernel family.
+A sparse block is 8192 bytes of kept values, in shared-memory swizzled order, then 1024 bytes of lane-ready `wgmma.sp` metadata.
+A dense block is 16384 bytes of values. Blocks lie `[row_block, k_block]`. One packed weight serves every tile of the kernel family.
 
 Rows are permuted inside a block so that one thread's accumulator rows are neighbours in the output: weight row
 32 warp + 4 g + 2 m + h of a block is fragment row 64 m + 16 warp + 8 h + g, so a thread (warp, g) holds four consecutive rows and stores
@@ -97,7 +97,9 @@ def _bits(weight: Any, layer: str) -> Any:
     """Int16 bit patterns of a 16-bit `[rows, inputs]` weight."""
     size = weight.element_size() if _is_torch(weight) else weight.dtype.itemsize
     if len(weight.shape) != 2 or size != 2:
-        raise InputError(f"{layer}: expected a 16-bit matrix [rows, inputs], got {weight.dtype} of shape {list(weight.shape)}; cast it to bf16 or fp16")
+        raise InputError(
+            f"{layer}: expected a 16-bit matrix [rows, inputs], got {weight.dtype} of shape {list(weight.shape)}; cast it to bf16 or fp16"
+        )
     if _is_torch(weight):
         import torch
 

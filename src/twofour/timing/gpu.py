@@ -1,9 +1,10 @@
 """The one way this project times GPU work.
 
-A candidate's calls are captured into a CUDA graph that walks through operand sets larger than three times the L2 together, so operands come
-from memory as they do in a network. Candidates are interleaved in every round. Two figures are taken: `burst`, the GPU cool and at full clock,
-and `sustained`, after the power limit has settled the clock; both are medians with their spread, and beside them stand clock and power as NVML
-saw them. A spread above the limit is refused, never averaged away. Energy is counted over windows of at least five seconds.
+A candidate's calls are captured into a CUDA graph that walks through operand sets larger than three times the L2 together, so operands
+come from memory as they do in a network. Candidates are interleaved in every round. Two figures are taken: `burst`, the GPU cool and at
+full clock, and `sustained`, after the power limit has settled the clock; both are medians with their spread, and beside them stand clock
+and power as NVML saw them. A spread above the limit is refused, never averaged away. Energy is counted over windows of at least five
+seconds.
 
 Needs cuda.bindings and nvidia-ml-py; no torch.
 """
@@ -224,14 +225,14 @@ class Stopwatch:
         powers: list[list[float]] = [[] for _ in graphs]
         for _ in range(rounds):
             for i, graph in enumerate(graphs):
-                self._keep_busy(graph, settle_s)
+                self.keep_busy(graph, settle_s)
                 with self.meter:
-                    samples[i] += self._keep_busy(graph, sample_s)
+                    samples[i] += self.keep_busy(graph, sample_s)
                 clocks[i].append(self.meter.clock_mhz)
                 powers[i].append(self.meter.power_w)
         return [figure(s, statistics.median(c), statistics.median(p)) for s, c, p in zip(samples, clocks, powers, strict=True)]
 
-    def _keep_busy(self, graph: Graph, seconds: float) -> list[float]:
+    def keep_busy(self, graph: Graph, seconds: float) -> list[float]:
         """Run a graph back to back for `seconds`, four launches queued at a time; microseconds a call of each four."""
         out = []
         end = time.perf_counter() + seconds
@@ -245,7 +246,7 @@ class Stopwatch:
         Raises:
             UnsupportedError: the mean power exceeds the limit by more than 2 %, so the counter cannot be trusted.
         """
-        self._keep_busy(graph, SETTLE_S)
+        self.keep_busy(graph, SETTLE_S)
         begin_j, begin = self.meter.joules(), time.perf_counter()
         calls = 0
         while time.perf_counter() - begin < window_s:
@@ -254,7 +255,9 @@ class Stopwatch:
         seconds, joules = time.perf_counter() - begin, self.meter.joules() - begin_j
         power = joules / seconds
         if power > POWER_TOLERANCE * self.meter.limit_w:
-            raise UnsupportedError(f"mean power read {power:.0f} W over {seconds:.1f} s, expected at most {self.meter.limit_w:.0f} W; measure again")
+            raise UnsupportedError(
+                f"mean power read {power:.0f} W over {seconds:.1f} s, expected at most {self.meter.limit_w:.0f} W; measure again"
+            )
         return Energy(joules / calls, power, seconds, seconds * 1e6 / calls)
 
 
@@ -266,7 +269,7 @@ def refuse_unstable(name: str, measured: Figure) -> Figure:
     """
     if not measured.is_stable:
         raise UnsupportedError(
-            f"{name} was unstable: spread {100 * measured.spread:.1f} % over {measured.n} samples, expected at most {100 * SPREAD_LIMIT:.0f} %; "
-            "measure again on a quiet GPU"
+            f"{name} was unstable: spread {100 * measured.spread:.1f} % over {measured.n} samples, "
+            f"expected at most {100 * SPREAD_LIMIT:.0f} %; measure again on a quiet GPU"
         )
     return measured

@@ -2,7 +2,8 @@
 
     D[tokens, outputs] = epilogue(X[tokens, inputs] . W[rows, inputs]^T),  fp32 accumulation
 
-Everything here is a pure function of plain values: no tensor, no compiler, no GPU. `choose` (builder/tactics) times what `candidates` lists.
+Everything here is a pure function of plain values: no tensor, no compiler, no GPU. `choose` (builder/tactics) times what `candidates`
+lists.
 """
 
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ class Config:
         tile_rows: weight rows of a tile: 256 (each consumer warpgroup its own 128 rows) or 128 (both share them and halve the tokens).
         tile_tokens: tokens of a tile, one of `TILE_TOKENS`.
         stages: depth of the ring in shared memory.
-        split: whether the last, partly filled waves are shared out along the inputs (stream-K); the sum's order is fixed, so results repeat.
+        split: whether tiles too few for the GPU are cut along the inputs; partial sums are added in a fixed order, so results repeat.
     """
 
     kernel: str = "tuned"
@@ -173,6 +174,13 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config) + BARRIER_BYTES
 
 
+def most_tokens(epilogue: Epilogue) -> int:
+    """Return the widest 256-row tile whose accumulators and `epilogue` fit in a thread's registers without spilling (ptxas 13.0)."""
+    if epilogue.residual and epilogue.activation not in ("none", "relu"):
+        return 168
+    return 184 if epilogue.scale or epilogue.bias or epilogue.residual else 192
+
+
 def why_not(problem: Problem, config: Config) -> str | None:
     """Return why `config` cannot compute `problem`, or None when it can. The only legality rule."""
     if config.kernel not in KERNELS:
@@ -184,9 +192,14 @@ def why_not(problem: Problem, config: Config) -> str | None:
     if config.tile_tokens not in TILE_TOKENS:
         return f"a tile of {config.tile_tokens} tokens is not built, expected a multiple of 8 from 64 to 192, or of 16 up to 256"
     if config.tile_rows == 256 and config.tile_tokens > 192:
-        return f"a tile of 256 rows and {config.tile_tokens} tokens needs more accumulator registers than a thread has, expected at most 192"
+        return (
+            f"a tile of 256 rows and {config.tile_tokens} tokens needs more accumulator registers than a thread has, expected at most 192"
+        )
     if config.tile_rows == 128 and (config.tile_tokens < 128 or config.tile_tokens % 16):
-        return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens} tokens"
+        return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens}"
+    most = most_tokens(problem.epilogue)
+    if config.tile_rows == 256 and config.tile_tokens > most:
+        return f"this epilogue leaves registers for {most} tokens of a 256-row tile, not {config.tile_tokens}"
     if config.stages < 3:
         return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
     needed = smem_bytes(problem, config)
@@ -228,7 +241,9 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     if config.kernel == "pipelined":
         row_tiles, token_tiles = problem.row_blocks, ceil(problem.tokens / 64)
         smem = 3 * (64 * BLOCK_K * 2 + block_bytes(problem.sparse)) + BARRIER_BYTES
-        return Launch(row_tiles * token_tiles, 128, smem, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0)
+        return Launch(
+            row_tiles * token_tiles, 128, smem, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0
+        )
     row_tiles, token_tiles = ceil(problem.weight_rows / config.tile_rows), ceil(problem.tokens / config.tile_tokens)
     tiles, k_blocks = row_tiles * token_tiles, problem.k_blocks
     whole, split_blocks = share_out(tiles, k_blocks, num_sms) if config.split else (tiles, 0)

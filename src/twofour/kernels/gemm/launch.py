@@ -70,7 +70,9 @@ class Gemm:
         """
         found = driver.capability(device)
         if found != (9, 0):
-            raise UnsupportedError(f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics")
+            raise UnsupportedError(
+                f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics"
+            )
         sms = driver.num_sms(device)
         self.problem, self.device = problem, device
         self.config = default(problem, sms) if config is None else config
@@ -97,7 +99,7 @@ class Gemm:
         """Launch `D = epilogue(X . W^T)` on device addresses.
 
         Args:
-            x: `[tokens, inputs]` contiguous, 16-byte aligned. weight: `PackedWeight.data`. d: `[tokens, outputs]` contiguous, 16-byte aligned.
+            x: `[tokens, inputs]`, d: `[tokens, outputs]`, contiguous and 16-byte aligned. weight: `PackedWeight.data`.
             scale, bias: fp32 `[weight_rows]`. residual: as `d`; it may be `d`.
             workspace: `workspace_bytes` of device memory, not used by another launch at the same time.
 
@@ -105,7 +107,9 @@ class Gemm:
             InputError: an address is missing or misaligned.
         """
         if not (x and weight and d) or (d | residual) & 15:
-            raise InputError(f"addresses x={x:#x}, weight={weight:#x}, d={d:#x}, residual={residual:#x}: expected 16-byte aligned device memory")
+            raise InputError(
+                f"addresses x={x:#x}, weight={weight:#x}, d={d:#x}, residual={residual:#x}: expected 16-byte aligned device memory"
+            )
         if self._wanted:
             given = {"scale": scale, "bias": bias, "residual": residual}
             for name in self._wanted:

@@ -1,4 +1,4 @@
-"""The text NVRTC gets for a Problem and Config: includes and one explicit instantiation. Shapes are not in it; they are launch arguments."""
+"""The text NVRTC gets for a Problem and Config: includes and one explicit instantiation. Shapes are launch arguments."""
 
 from pathlib import Path
 
