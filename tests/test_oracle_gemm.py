@@ -42,5 +42,5 @@ def test_an_infinity_at_a_pruned_position_does_not_reach_the_output() -> None:
 
 
 def test_an_unknown_activation_is_an_error() -> None:
-    with pytest.raises(InputError, match="activation 'rellu' is not one of .*; did you mean 'relu'"):
+    with pytest.raises(InputError, match=r"activation 'rellu' is not one of .*; did you mean 'relu'"):
         gemm(np.zeros((1, 4)), np.zeros((1, 4)), activation="rellu")

@@ -56,7 +56,10 @@ def nibbles_of(packed_block: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("density", [1.0, 0.4, 0.0])
 def test_every_nibble_is_legal_and_agrees_with_torch(density: float) -> None:
-    from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets, sparse_semi_structured_from_dense_cutlass
+    from torch.sparse._semi_structured_conversions import (
+        _calculate_meta_reordering_scatter_offsets,
+        sparse_semi_structured_from_dense_cutlass,
+    )
 
     weight = weight_24(128, 64, 1, density)
     found = nibbles_of(pack(weight, dtype="fp16").data[0, 0])
@@ -111,7 +114,9 @@ def test_the_oracle_multiplies_the_positions_that_packing_keeps() -> None:
 def test_a_weight_that_is_not_24_names_layer_group_and_values() -> None:
     weight = weight_24(16, 32, 0)
     weight[5, 8:12] = [1, 2, 0, 4]
-    message = r"fc1: expected at most 2 non-zeros in every 4 inputs, got row 5, inputs 8-11 = bit patterns 0x3c00, 0x4000, 0x0, 0x4400; prune"
+    message = (
+        r"fc1: expected at most 2 non-zeros in every 4 inputs, got row 5, inputs 8-11 = bit patterns 0x3c00, 0x4000, 0x0, 0x4400; prune"
+    )
     with pytest.raises(InputError, match=message.replace("0x0,", "0x0000,")):
         pack(weight, dtype="fp16", layer="fc1")
 

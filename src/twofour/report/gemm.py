@@ -231,9 +231,15 @@ def measure_gemm(
     return results
 
 
-def summary(results: dict[str, Any]) -> dict[str, float]:
-    """Return the geometric means and worst ratios the project promises, of bf16 rows or those of the only dtype present."""
-    rows = [r for r in results["rows"] if r["dtype"] == "bf16"] or results["rows"]
+def current_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows with `stale` set: true where the family's device sources have changed since the row was measured."""
+    digest = sources_digest()
+    return [row | {"stale": row["sources_digest"] != digest} for row in results["rows"]]
+
+
+def summary(results: dict[str, Any], dtype: str = "bf16") -> dict[str, float]:
+    """Return geometric means and worst ratios of times, peer over ours, of the rows of `dtype` that are not stale."""
+    rows = [r for r in current_rows(results) if r["dtype"] == dtype and not r["stale"]]
     found: dict[str, float] = {}
 
     def ratios(keep: Any, ours: str, peer: str) -> list[float]:

@@ -177,7 +177,7 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 def most_tokens(epilogue: Epilogue) -> int:
     """Return the widest 256-row tile whose accumulators and `epilogue` fit in a thread's registers without spilling (ptxas 13.0)."""
     if epilogue.residual and epilogue.activation not in ("none", "relu"):
-        return 168
+        return 160
     return 184 if epilogue.scale or epilogue.bias or epilogue.residual else 192
 
 
