@@ -1,0 +1,1 @@
+"""CUDA kernels, one folder a family; each family is one contract: Problem, Config, candidates, why_not, launch."""

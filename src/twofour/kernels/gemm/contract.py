@@ -1,0 +1,325 @@
+"""The contract of the matrix-product family: what is asked (Problem), what is chosen (Config), what follows (Launch).
+
+    D[tokens, outputs] = epilogue(X[tokens, inputs] . W[rows, inputs]^T),  fp32 accumulation
+
+Everything here is a pure function of plain values: no tensor, no compiler, no GPU. `choose` (builder/tactics) times what `candidates`
+lists.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+from twofour.errors import InputError, nearest
+from twofour.pattern.pack_sm90 import BLOCK_K, BLOCK_ROWS, block_bytes
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "hardswish")
+INPUT_DTYPES = ("bf16", "fp16")
+OUTPUT_DTYPES = ("bf16", "fp16", "fp32")
+KERNELS = ("tuned", "pipelined", "naive")
+TILE_TOKENS = (*range(64, 193, 8), 208, 224, 240, 256)
+SMEM_BYTES = 232_448  # the most one block may ask for on compute capability 9.0
+MAX_STAGES = 5
+STORE_CHUNKS = 4
+BARRIER_BYTES = 128  # full and empty barriers behind the stages
+FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
+MAX_DIM = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is fused behind the product: `y = activation(acc * scale + bias + residual)`.
+
+    With `gated` the weight holds 2 x outputs rows, gates first: `y = activation(acc_gate * scale + bias) * (acc_up * scale + bias)`.
+
+    Attributes:
+        activation: one of `ACTIVATIONS`; `gelu` is the erf form.
+        scale: a fp32 vector, one factor a weight row.
+        bias: a fp32 vector, one addend a weight row.
+        residual: a matrix of the output's dtype and shape, added before the activation; not with `gated`.
+    """
+
+    activation: str = "none"
+    scale: bool = False
+    bias: bool = False
+    residual: bool = False
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            hint = nearest(self.activation, ACTIVATIONS)
+            raise InputError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}{hint}")
+        if self.gated and self.residual:
+            raise InputError("a gated epilogue cannot add a residual, expected one of the two; add the residual in the next layer")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matrix product as asked.
+
+    Attributes:
+        tokens: rows of X and D, >= 1.
+        outputs: columns of D, a multiple of 8; W has `weight_rows` rows (twice as many when gated).
+        inputs: columns of X and W, a multiple of 8 for X's 16-byte rows; a sparse W is 2:4 along it.
+        dtype: of X and W, one of `INPUT_DTYPES`.
+        out_dtype: of D and the residual, one of `OUTPUT_DTYPES`.
+        sparse: whether W is packed 2:4; False asks for the dense form of the same kernel.
+    """
+
+    tokens: int
+    outputs: int
+    inputs: int
+    dtype: str = "bf16"
+    out_dtype: str = "bf16"
+    sparse: bool = True
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    def __post_init__(self) -> None:
+        for name, value, step in (("tokens", self.tokens, 1), ("outputs", self.outputs, 8), ("inputs", self.inputs, 8)):
+            if value < 1 or value % step or value > MAX_DIM:
+                raise InputError(f"{name} is {value}, expected a positive multiple of {step}; pad it when the weight is packed")
+        for name, dtype, known in (("dtype", self.dtype, INPUT_DTYPES), ("out_dtype", self.out_dtype, OUTPUT_DTYPES)):
+            if dtype not in known:
+                raise InputError(f"{name} {dtype!r} is not one of {', '.join(known)}{nearest(dtype, known)}")
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of W: outputs, or twice as many when gated."""
+        return self.outputs * (2 if self.epilogue.gated else 1)
+
+    @property
+    def flops(self) -> int:
+        """Effective operations: 2 x tokens x weight_rows x inputs, zeros counted."""
+        return 2 * self.tokens * self.weight_rows * self.inputs
+
+    @property
+    def row_blocks(self) -> int:
+        """Packed blocks of `BLOCK_ROWS` weight rows."""
+        return ceil(self.weight_rows / BLOCK_ROWS)
+
+    @property
+    def k_blocks(self) -> int:
+        """Packed blocks of `BLOCK_K` input channels."""
+        return ceil(self.inputs / BLOCK_K)
+
+
+@dataclass(frozen=True, order=True)
+class Config:
+    """One way to compute a Problem.
+
+    Attributes:
+        kernel: one of `KERNELS`; the others exist to check the tuned one against.
+        tile_rows: weight rows of a tile: 256 (each consumer warpgroup its own 128 rows) or 128 (both share them and halve the tokens).
+        tile_tokens: tokens of a tile, one of `TILE_TOKENS`.
+        stages: depth of the ring in shared memory.
+        split: whether tiles too few for the GPU are cut along the inputs; partial sums are added in a fixed order, so results repeat.
+    """
+
+    kernel: str = "tuned"
+    tile_rows: int = 256
+    tile_tokens: int = 192
+    stages: int = 4
+    split: bool = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What follows from Problem, Config and the number of multiprocessors; integers the kernel is given.
+
+    Attributes:
+        grid: thread blocks. threads: a block. smem_bytes: dynamic shared memory a block.
+        row_tiles, token_tiles, k_blocks: the iteration space.
+        group: row tiles walked before the next token tile (L2 reuse).
+        whole_tiles: tiles computed whole; the rest, `split_blocks` thread blocks share evenly.
+        workspace_bytes: scratch for partial sums and flags; zeroed once by its owner, left zeroed where it matters by each launch.
+    """
+
+    grid: int
+    threads: int
+    smem_bytes: int
+    row_tiles: int
+    token_tiles: int
+    k_blocks: int
+    group: int
+    whole_tiles: int
+    split_blocks: int
+    workspace_bytes: int
+
+    @property
+    def tiles(self) -> int:
+        """All tiles."""
+        return self.row_tiles * self.token_tiles
+
+
+def stage_bytes(config: Config, sparse: bool) -> int:
+    """Return the bytes of one ring stage: activations, then the packed blocks of the tile's rows."""
+    return config.tile_tokens * BLOCK_K * 2 + config.tile_rows // BLOCK_ROWS * block_bytes(sparse)
+
+
+def staging_bytes(problem: Problem, config: Config) -> int:
+    """Return the bytes in which 16-bit outputs wait for the copy engine: half a tile of D; none for fp32, stored from registers."""
+    if problem.out_dtype == "fp32":
+        return 0
+    return config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
+
+
+def store_chunks(config: Config) -> int:
+    """Return in how many boxes of whole eight tokens a warpgroup's staged outputs leave: small ones, which let loads pass between."""
+    tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+    return next(chunks for chunks in (STORE_CHUNKS, 3, 2, 1) if tokens % (8 * chunks) == 0)
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """Return the dynamic shared memory of the tuned kernel: ring, staged outputs, barriers."""
+    return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config) + BARRIER_BYTES
+
+
+def most_tokens(epilogue: Epilogue) -> int:
+    """Return the widest 256-row tile whose accumulators and `epilogue` fit in a thread's registers without spilling (ptxas 13.0)."""
+    if epilogue.residual and epilogue.activation not in ("none", "relu"):
+        return 160
+    return 184 if epilogue.scale or epilogue.bias or epilogue.residual else 192
+
+
+def why_not(problem: Problem, config: Config) -> str | None:
+    """Return why `config` cannot compute `problem`, or None when it can. The only legality rule."""
+    if config.kernel not in KERNELS:
+        return f"kernel {config.kernel!r} is not one of {', '.join(KERNELS)}{nearest(config.kernel, KERNELS)}"
+    if config.kernel != "tuned":
+        return None
+    if config.tile_rows not in (128, 256):
+        return f"a tile of {config.tile_rows} rows is not built, expected 128 or 256"
+    if config.tile_tokens not in TILE_TOKENS:
+        return f"a tile of {config.tile_tokens} tokens is not built, expected a multiple of 8 from 64 to 192, or of 16 up to 256"
+    if config.tile_rows == 256 and config.tile_tokens > 192:
+        return (
+            f"a tile of 256 rows and {config.tile_tokens} tokens needs more accumulator registers than a thread has, expected at most 192"
+        )
+    if config.tile_rows == 128 and (config.tile_tokens < 128 or config.tile_tokens % 16):
+        return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens}"
+    most = most_tokens(problem.epilogue)
+    if config.tile_rows == 256 and config.tile_tokens > most:
+        return f"this epilogue leaves registers for {most} tokens of a 256-row tile, not {config.tile_tokens}"
+    if config.stages < 3:
+        return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
+    needed = smem_bytes(problem, config)
+    if needed > SMEM_BYTES:
+        return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
+    return None
+
+
+def most_stages(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
+    """Return the deepest ring of at most `MAX_STAGES` that fits; deeper ones were slower once the power limit holds the clock."""
+    config = Config(tile_rows=tile_rows, tile_tokens=tile_tokens, stages=0)
+    return min(MAX_STAGES, (SMEM_BYTES - smem_bytes(problem, config)) // stage_bytes(config, problem.sparse))
+
+
+def pick_group(row_tiles: int, config: Config, sparse: bool, grid: int) -> int:
+    """Return how many row tiles are walked together, so that one wave reads the fewest bytes of weights and activations.
+
+    A wave of `grid` tiles, g rows by grid / g tokens, reads g x rows x weight bytes + grid / g x tokens x activation bytes for each input.
+    """
+    weight = config.tile_rows * (1.125 if sparse else 2.0)
+    activation = config.tile_tokens * 2.0
+    best = max(1, round((grid * activation / weight) ** 0.5))
+    groups = max(1, round(row_tiles / best))
+    return ceil(row_tiles / groups)
+
+
+def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
+    """Return the Launch of `config` for `problem` on a GPU of `num_sms` multiprocessors.
+
+    Raises:
+        InputError: `why_not` has a reason.
+    """
+    reason = why_not(problem, config)
+    if reason is not None:
+        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    if config.kernel == "naive":
+        row_tiles, token_tiles = ceil(problem.weight_rows / 32), ceil(problem.tokens / 32)
+        return Launch(row_tiles * token_tiles, 256, 0, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0)
+    if config.kernel == "pipelined":
+        row_tiles, token_tiles = problem.row_blocks, ceil(problem.tokens / 64)
+        smem = 3 * (64 * BLOCK_K * 2 + block_bytes(problem.sparse)) + BARRIER_BYTES
+        return Launch(
+            row_tiles * token_tiles, 128, smem, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0
+        )
+    row_tiles, token_tiles = ceil(problem.weight_rows / config.tile_rows), ceil(problem.tokens / config.tile_tokens)
+    tiles, k_blocks = row_tiles * token_tiles, problem.k_blocks
+    whole, split_blocks = share_out(tiles, k_blocks, num_sms) if config.split else (tiles, 0)
+    grid = min(num_sms, max(min(whole, num_sms), split_blocks))
+    accumulators = config.tile_rows * config.tile_tokens * 4
+    return Launch(
+        grid=grid,
+        threads=384,
+        smem_bytes=smem_bytes(problem, config),
+        row_tiles=row_tiles,
+        token_tiles=token_tiles,
+        k_blocks=k_blocks,
+        group=pick_group(row_tiles, config, problem.sparse, grid),
+        whole_tiles=whole,
+        split_blocks=split_blocks,
+        workspace_bytes=FLAG_BYTES + split_blocks * accumulators if split_blocks else 0,
+    )
+
+
+MIN_SPLIT_K_BLOCKS = 6  # shorter pieces cost more in partial sums than they save
+
+
+def share_out(tiles: int, k_blocks: int, num_sms: int) -> tuple[int, int]:
+    """Return (tiles computed whole, thread blocks that share the others along the inputs); (tiles, 0) where nothing is gained.
+
+    Fewer tiles than multiprocessors are cut into a whole number of equal pieces each, so that all pieces walk the same inputs at the same
+    time and find them in the L2. A last, partly filled wave behind whole ones is left alone: cutting it was slower on every shape measured.
+    """
+    if tiles >= num_sms:
+        return tiles, 0
+    pieces = min(num_sms // tiles, k_blocks // MIN_SPLIT_K_BLOCKS)
+    return (0, pieces * tiles) if pieces > 1 else (tiles, 0)
+
+
+# The model, fitted to measurements on the H200 (docs/kernels/gemm.md): microseconds.
+LAUNCH_US = 3.0  # launch, first loads, last stores
+STORE_US_A_TOKEN = 0.0065  # what one token column of a tile costs its epilogue
+PARTIAL_US_A_TOKEN = 0.035  # writing and reading one column of partial sums, for every piece but the first
+K_BLOCK_US: dict[tuple[bool, int], tuple[float, float]] = {  # (sparse, tile rows): a k block takes a + b x tile tokens
+    (True, 256): (0.081, 0.00286),
+    (True, 128): (0.10, 0.00143),
+    (False, 256): (0.10, 0.0047),
+    (False, 128): (0.12, 0.0025),
+}
+SHALLOW_RING = 1.03  # a ring of three stages hides less latency
+
+
+def modelled_us(problem: Problem, config: Config, num_sms: int = 132) -> float:
+    """Return the modelled time of `config`: the busiest thread block's k blocks, stores and partial sums."""
+    launch = derive(problem, config, num_sms)
+    fixed, a_token = K_BLOCK_US[problem.sparse, config.tile_rows]
+    k_block = (fixed + a_token * config.tile_tokens) * (SHALLOW_RING if config.stages < 4 else 1.0)
+    columns = config.tile_tokens * config.tile_rows / 256
+    us = LAUNCH_US + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * k_block + STORE_US_A_TOKEN * columns)
+    if launch.split_blocks:
+        pieces = launch.split_blocks // launch.tiles
+        us += ceil(launch.k_blocks / pieces) * k_block + (STORE_US_A_TOKEN + PARTIAL_US_A_TOKEN * (pieces - 1)) * columns
+    return us
+
+
+def candidates(problem: Problem, num_sms: int = 132, limit: int = 8) -> Sequence[Config]:
+    """Return at most `limit` legal configs of the tuned kernel, the fastest by the model first."""
+    found: dict[Config, float] = {}
+    for tile_rows in (256, 128):
+        for tile_tokens in TILE_TOKENS:
+            stages = most_stages(problem, tile_rows, tile_tokens)
+            for split in (False, True):
+                config = Config("tuned", tile_rows, tile_tokens, stages, split)
+                if why_not(problem, config) is not None:
+                    continue
+                if split and derive(problem, config, num_sms).split_blocks == 0:
+                    continue
+                found[config] = modelled_us(problem, config, num_sms)
+    return sorted(found, key=lambda config: (found[config], config))[:limit]
+
+
+def default(problem: Problem, num_sms: int = 132) -> Config:
+    """Return the config the model believes fastest, without timing anything."""
+    return candidates(problem, num_sms, limit=1)[0]

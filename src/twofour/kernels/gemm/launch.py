@@ -1,0 +1,130 @@
+"""A Problem and a Config made callable on device pointers. Needs neither torch nor a compiler once the cubin is cached."""
+
+import struct
+from functools import lru_cache
+
+from twofour.errors import InputError, UnsupportedError
+from twofour.jit import driver
+from twofour.jit.cache import Cache, default_cache
+from twofour.jit.source import Source
+from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, store_chunks
+from twofour.kernels.gemm.source import source
+from twofour.pattern.pack_sm90 import BLOCK_K
+
+# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned.
+_POINTERS = struct.Struct("<128s128s7Q")
+_SIZES = struct.Struct("<13i10I")
+_PARAMS_BYTES = 448
+BOX_OUTPUTS = 64
+_KEPT_MAPS = 64
+
+
+def divisor(value: int) -> tuple[int, int]:
+    """Return (multiplier, shift) with `n * multiplier >> shift == n // value` for 0 <= n < 2^31.
+
+    With l = ceil(log2 value), multiplier = ceil(2^(31 + l) / value) < 2^32. Source: Granlund and Montgomery 1994, theorem 4.2.
+    """
+    value = max(value, 1)
+    bits = (value - 1).bit_length()
+    return -(-(1 << 31 + bits) // value), 31 + bits
+
+
+def pack_sizes(problem: Problem, launch: Launch) -> bytes:
+    """Return the integers of `GemmParams`, in its order."""
+    work = (launch.tiles - launch.whole_tiles) * launch.k_blocks
+    quotient, remainder = divmod(work, launch.split_blocks) if launch.split_blocks else (0, 0)
+    last_group = launch.row_tiles % launch.group or launch.group
+    numbers = [problem.tokens, problem.outputs, problem.weight_rows, problem.inputs, launch.k_blocks, problem.row_blocks]
+    numbers += [launch.row_tiles, launch.token_tiles, launch.group, launch.whole_tiles, launch.split_blocks, quotient, remainder]
+    for value in (launch.split_blocks, launch.k_blocks, launch.group * launch.token_tiles, launch.group, last_group):
+        numbers += divisor(value)
+    return _SIZES.pack(*numbers)
+
+
+@lru_cache(maxsize=256)
+def _kernel(text: Source, device: int, shared_bytes: int, cache_folder: str | None) -> int:
+    from pathlib import Path
+
+    cache = default_cache() if cache_folder is None else Cache(Path(cache_folder))
+    return driver.load_kernel(cache.get(text).cubin, text.name, device, shared_bytes)
+
+
+class Gemm:
+    """One matrix product on one GPU, prepared; calling it only launches.
+
+    A call costs the CPU a few microseconds. Tensor maps are kept for the last activation addresses. Safe from several threads; launches on
+    two streams at once need two workspaces.
+    """
+
+    def __init__(
+        self, problem: Problem, config: Config | None = None, *, device: int = 0, overlap: bool = False, cache_folder: str | None = None
+    ) -> None:
+        """Compile or fetch the kernel and load it; `config` None takes the modelled default.
+
+        Args:
+            overlap: a call may start while the kernel before it in the stream drains; its inputs are read only once that one has finished.
+
+        Raises:
+            UnsupportedError: GPU `device` is not of compute capability 9.0.
+            InputError: `why_not(problem, config)` has a reason.
+        """
+        found = driver.capability(device)
+        if found != (9, 0):
+            raise UnsupportedError(
+                f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics"
+            )
+        sms = driver.num_sms(device)
+        self.problem, self.device = problem, device
+        self.config = default(problem, sms) if config is None else config
+        self.plan = derive(problem, self.config, sms)
+        kernel = _kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder)
+        params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
+        self._launcher = driver.Launcher(kernel, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
+        self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        tuned, config = self.config.kernel == "tuned", self.config
+        self._x_box = config.tile_tokens if tuned else 64
+        warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
+        self._d_box = warpgroup_tokens // store_chunks(config) if tuned and problem.out_dtype != "fp32" else 0
+        e = problem.epilogue
+        self._wanted = tuple(name for name, on in (("scale", e.scale), ("bias", e.bias), ("residual", e.residual)) if on)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of zeroed device memory a call needs; launches leave its flags zero, so it is zeroed once and used again."""
+        return self.plan.workspace_bytes
+
+    def __call__(
+        self, x: int, weight: int, d: int, *, scale: int = 0, bias: int = 0, residual: int = 0, workspace: int = 0, stream: int = 0
+    ) -> None:
+        """Launch `D = epilogue(X . W^T)` on device addresses.
+
+        Args:
+            x: `[tokens, inputs]`, d: `[tokens, outputs]`, contiguous and 16-byte aligned. weight: `PackedWeight.data`.
+            scale, bias: fp32 `[weight_rows]`. residual: as `d`; it may be `d`.
+            workspace: `workspace_bytes` of device memory, not used by another launch at the same time.
+
+        Raises:
+            InputError: an address is missing or misaligned.
+        """
+        if not (x and weight and d) or (d | residual) & 15:
+            raise InputError(
+                f"addresses x={x:#x}, weight={weight:#x}, d={d:#x}, residual={residual:#x}: expected 16-byte aligned device memory"
+            )
+        if self._wanted:
+            given = {"scale": scale, "bias": bias, "residual": residual}
+            for name in self._wanted:
+                if not given[name]:
+                    raise InputError(f"the epilogue adds {name}, expected its address, got none; pass {name}=")
+        if self.plan.workspace_bytes and not workspace:
+            raise InputError(f"this schedule needs {self.plan.workspace_bytes} bytes of workspace, got none; allocate it zeroed once")
+        x_map, d_map = self._maps.get((x, d)) or self._encode(x, d)
+        self._launcher.launch(_POINTERS.pack_into, (x_map, d_map, weight, d, scale, bias, residual, workspace, x), stream)
+
+    def _encode(self, x: int, d: int) -> tuple[bytes, bytes]:
+        p = self.problem
+        x_map = driver.encode_rows(x, p.tokens, p.inputs, self._x_box, BLOCK_K, p.dtype)
+        d_map = driver.encode_rows(d, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype) if self._d_box else bytes(128)
+        if len(self._maps) >= _KEPT_MAPS:
+            self._maps.clear()
+        self._maps[x, d] = x_map, d_map
+        return x_map, d_map

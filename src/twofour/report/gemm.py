@@ -1,0 +1,261 @@
+"""`twofour measure gemm`: our 2:4 and dense kernels beside cuBLASLt and cuSPARSELt, one process, one protocol, one row a shape and dtype.
+
+A run is cut into parts of at most `PART_S`: each finished row is written at once, and a later part goes on where the file ends.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from twofour.builder.tactics.gemm import CUBLASLT_ALGORITHMS, Operands, Prepared, Tactic, prepare
+from twofour.errors import InputError, MissingExtraError, UnsupportedError
+from twofour.jit.driver import num_sms
+from twofour.kernels.gemm import contract
+from twofour.kernels.gemm.contract import Problem
+from twofour.kernels.gemm.source import sources_digest
+from twofour.timing.gpu import Figure, Graph, Stopwatch
+
+logger = logging.getLogger(__name__)
+SCHEMA = 1
+PART_S = 8 * 60
+DTYPES = ("bf16", "fp16")
+# name: tokens, outputs, inputs. Square sizes, then layers of an 8-billion-parameter language model, BERT-large and ViT-huge.
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "8192^3": (8192, 8192, 8192),
+    "4096^3": (4096, 4096, 4096),
+    "2048^3": (2048, 2048, 2048),
+    **{
+        f"8B.{layer} t{tokens}": (tokens, outputs, inputs)
+        for tokens in (16, 64, 512, 2048, 8192)
+        for layer, outputs, inputs in (("qkv", 6144, 4096), ("gateup", 28672, 4096), ("down", 4096, 14336))
+    },
+    "bertL.qkv 32x128": (4096, 3072, 1024),
+    "bertL.ff1 32x128": (4096, 4096, 1024),
+    "bertL.ff2 32x128": (4096, 1024, 4096),
+    "vitH.ff1 64x257": (16448, 5120, 1280),
+    "vitH.ff2 64x257": (16448, 1280, 5120),
+}
+ENERGY_FLOPS = 1e12  # energy is counted for products at least this large
+CONTENDERS = ("ours", "ours_dense", "cublas", "cusparselt")
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, int, int]]:
+    """Return (name, (tokens, outputs, inputs)) of `tokens x outputs x inputs`, like 512x6144x4096.
+
+    Raises:
+        InputError: it is not three positive integers.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise InputError(f"--shape {text!r} is not three positive integers tokens x outputs x inputs; write it like 512x6144x4096")
+    tokens, outputs, inputs = (int(p) for p in parts)
+    return text, (tokens, outputs, inputs)
+
+
+class _Bench:
+    """One row's contenders: the fastest tactic of each, found in a burst, then measured together."""
+
+    def __init__(self, watch: Stopwatch, problem: Problem, sms: int) -> None:
+        self.watch, self.problem, self.sms = watch, problem, sms
+        self.operands = Operands(problem, watch.l2_bytes)
+        self.notes: dict[str, str] = {}
+
+    def _tactics(self, contender: str) -> list[Tactic]:
+        if contender == "cusparselt":
+            return [Tactic("cusparselt", True)]
+        if contender == "cublas":
+            return [Tactic("cublaslt", False, algorithm=i) for i in range(CUBLASLT_ALGORITHMS)]
+        sparse = contender == "ours"
+        found = contract.candidates(replace(self.problem, sparse=sparse), self.sms, 5 if sparse else 3)
+        return [Tactic("twofour", sparse, config) for config in found]
+
+    def best(self, contender: str) -> tuple[Prepared, Graph] | None:
+        """The contender's fastest tactic and its graph; None, with a note, where it cannot run."""
+        ready: list[tuple[Prepared, Graph]] = []
+        for tactic in self._tactics(contender):
+            try:
+                prepared = prepare(self.problem, tactic)
+                ready.append((prepared, self.watch.graph(self.operands.candidate(prepared))))
+            except (InputError, MissingExtraError, UnsupportedError) as e:
+                self.notes[str(tactic)] = str(e)
+        if not ready:
+            return None
+        figures = self.watch.burst([graph for _, graph in ready], rounds=5) if len(ready) > 1 else [Figure(0.0, 0.0, 1)]
+        fastest = min(range(len(ready)), key=lambda i: figures[i].median_us)
+        for i, (_, graph) in enumerate(ready):
+            if i != fastest:
+                graph.close()
+        return ready[fastest]
+
+    def row(self, with_energy: bool) -> dict[str, Any]:
+        """Times in microseconds, their spread, TFLOP/s, clocks and powers of every contender."""
+        chosen = {c: found for c in CONTENDERS if (found := self.best(c)) is not None}
+        graphs = [graph for _, graph in chosen.values()]
+        burst = dict(zip(chosen, self.watch.burst(graphs), strict=True))
+        self.watch.keep_busy(graphs[0], 0.5)
+        sustained = dict(zip(chosen, self.watch.sustained(graphs), strict=True))
+        row: dict[str, Any] = {"tactics": {c: str(p.tactic) for c, (p, _) in chosen.items()}}
+        row["versions"] = {c: p.version for c, (p, _) in chosen.items()}
+        for contender in CONTENDERS:
+            figure = sustained.get(contender)
+            row[f"{contender}_us"] = round(figure.median_us, 3) if figure else None
+        row["spread"] = {c: round(f.spread, 4) for c, f in sustained.items()}
+        row["burst_us"] = {c: round(f.median_us, 3) for c, f in burst.items()}
+        row["burst_spread"] = {c: round(f.spread, 4) for c, f in burst.items()}
+        row["n"] = {c: f.n for c, f in sustained.items()}
+        row["clock_mhz"] = {c: round(f.clock_mhz) for c, f in sustained.items()}
+        row["power_w"] = {c: round(f.power_w) for c, f in sustained.items()}
+        row["tflops"] = {c: round(self.problem.flops / f.median_us / 1e6, 1) for c, f in sustained.items()}
+        row["joules"] = self._energy(chosen) if with_energy else None
+        row["unstable"] = sorted(c for c, f in sustained.items() if not f.is_stable)
+        row["notes"] = self.notes
+        for graph in graphs:
+            graph.close()
+        return row
+
+    def _energy(self, chosen: dict[str, tuple[Prepared, Graph]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for contender in ("ours", "cublas", "cusparselt"):
+            if contender not in chosen:
+                continue
+            try:
+                energy = self.watch.energy(chosen[contender][1])
+            except UnsupportedError as e:
+                self.notes[f"energy of {contender}"] = str(e)
+                continue
+            found[contender] = {
+                "joules": round(energy.joules, 6),
+                "pj_a_flop": round(energy.joules / self.problem.flops * 1e12, 4),
+                "power_w": round(energy.power_w, 1),
+                "window_s": round(energy.seconds, 2),
+                "us": round(energy.us, 3),
+            }
+        return found
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON ({e}), expected results written by `twofour measure gemm`; move it away") from e
+    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.get("kind") != "gemm":
+        raise InputError(f"{path} holds no gemm results of schema {SCHEMA}; move it away")
+    return stored
+
+
+def _save(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}.new")
+    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    fresh.rename(path)
+
+
+def machine(watch: Stopwatch) -> dict[str, Any]:
+    """Return GPU, driver, power limit and the versions that matter to a row."""
+    from importlib import metadata
+
+    import torch
+
+    found = watch.meter.machine()
+    found["cuda"] = torch.version.cuda
+    for package in ("torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def measure_gemm(
+    out: Path,
+    *,
+    shapes: Sequence[str] = (),
+    dtypes: Sequence[str] = DTYPES,
+    energy: bool = True,
+    part_s: float = PART_S,
+    command: str = "twofour measure gemm",
+) -> dict[str, Any]:
+    """Measure and return the results, written to `out` row by row; rows that are there with the same kernel sources are kept.
+
+    Args:
+        shapes: further `tokens x outputs x inputs`, beside the standard ones.
+        energy: count joules for products of at least 1e12 FLOP, in windows of 5 s.
+        part_s: stop after the row that passes this many seconds; call again to go on. `results["complete"]` tells.
+
+    Raises:
+        InputError: a shape cannot be read, or `out` holds something else.
+    """
+    import torch
+
+    wanted = dict(SHAPES) | dict(parse_shape(text) for text in shapes)
+    results = _load(out)
+    digest = sources_digest()
+    kept = [r for r in results.get("rows", []) if r["sources_digest"] == digest]
+    done = {(r["name"], r["dtype"]) for r in kept}
+    watch = Stopwatch()
+    results = {
+        "schema": SCHEMA,
+        "kind": "gemm",
+        "machine": machine(watch),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "sources_digest": digest,
+        "complete": False,
+        "rows": kept,
+    }
+    begin = time.perf_counter()
+    for dtype in dtypes:
+        for name, (tokens, outputs, inputs) in wanted.items():
+            if (name, dtype) in done:
+                continue
+            if time.perf_counter() - begin > part_s:
+                _save(out, results)
+                return results
+            problem = Problem(tokens, outputs, inputs, dtype=dtype, out_dtype=dtype)
+            head = {"name": name, "tokens": tokens, "out": outputs, "in": inputs, "dtype": dtype, "sources_digest": digest}
+            row = head | _Bench(watch, problem, num_sms(0)).row(energy and problem.flops >= ENERGY_FLOPS)
+            kept.append(row)
+            _save(out, results)
+            logger.info("%s %s: %s", name, dtype, row["tflops"])
+            torch.cuda.empty_cache()
+    results["complete"] = True
+    _save(out, results)
+    return results
+
+
+def current_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows with `stale` set: true where the family's device sources have changed since the row was measured."""
+    digest = sources_digest()
+    return [row | {"stale": row["sources_digest"] != digest} for row in results["rows"]]
+
+
+def summary(results: dict[str, Any], dtype: str = "bf16") -> dict[str, float]:
+    """Return geometric means and worst ratios of times, peer over ours, of the rows of `dtype` that are not stale."""
+    rows = [r for r in current_rows(results) if r["dtype"] == dtype and not r["stale"]]
+    found: dict[str, float] = {}
+
+    def ratios(keep: Any, ours: str, peer: str) -> list[float]:
+        return [r[peer] / r[ours] for r in rows if keep(r) and r[ours] and r[peer]]
+
+    groups = {
+        "sparse_over_cusparselt_2048": ratios(lambda r: r["tokens"] >= 2048, "ours_us", "cusparselt_us"),
+        "sparse_over_cusparselt_512": ratios(lambda r: r["tokens"] == 512, "ours_us", "cusparselt_us"),
+        "dense_over_cublas_2048": ratios(lambda r: r["tokens"] >= 2048, "ours_dense_us", "cublas_us"),
+        "sparse_over_cublas_2048": ratios(lambda r: r["tokens"] >= 2048, "ours_us", "cublas_us"),
+    }
+    for name, values in groups.items():
+        if values:
+            product = 1.0
+            for value in values:
+                product *= value
+            found[name] = product ** (1 / len(values))
+            found[f"{name}_worst"] = min(values)
+    return found

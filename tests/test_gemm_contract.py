@@ -1,0 +1,145 @@
+"""Problem, Config and Launch: every message, every schedule covers the work exactly once, the model stays legal."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twofour.errors import InputError
+from twofour.kernels.gemm import Config, Epilogue, Problem, candidates, default, derive, why_not
+from twofour.kernels.gemm.contract import SMEM_BYTES, modelled_us, most_stages, share_out
+from twofour.kernels.gemm.launch import divisor, pack_sizes
+
+PROBLEM = Problem(512, 6144, 4096)
+
+
+@given(st.integers(1, 2**20), st.integers(0, 2**31 - 1))
+def test_division_by_a_product_and_a_shift_is_exact(value: int, number: int) -> None:
+    multiplier, shift = divisor(value)
+    assert multiplier < 2**32
+    assert number * multiplier >> shift == number // value
+
+
+def pieces(problem: Problem, config: Config, sms: int) -> list[list[tuple[int, int, int]]]:
+    """Per thread block its (tile, first k, last k), as schedule.cuh walks them."""
+    launch = derive(problem, config, sms)
+    work, blocks = (launch.tiles - launch.whole_tiles) * launch.k_blocks, launch.split_blocks
+    out = []
+    for block in range(launch.grid):
+        mine = []
+        if blocks:
+            position, end = (min(b, blocks) * work // blocks for b in (block, block + 1))
+            while position < end:
+                tile, first = divmod(position, launch.k_blocks)
+                last = min(launch.k_blocks, first + end - position)
+                mine.append((launch.whole_tiles + tile, first, last))
+                position += last - first
+        mine += [(tile, 0, launch.k_blocks) for tile in range(block, launch.whole_tiles, launch.grid)]
+        out.append(mine)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 300), st.sampled_from([132, 114, 7]), st.booleans())
+def test_every_k_block_of_every_tile_is_computed_once(tokens: int, octets: int, in_octets: int, sms: int, split: bool) -> None:
+    problem = Problem(tokens, 8 * octets, 8 * in_octets)
+    launch = derive(problem, Config("tuned", 256, 64, 4, split), sms)
+    seen = np.zeros((launch.tiles, launch.k_blocks), int)
+    for mine in pieces(problem, Config("tuned", 256, 64, 4, split), sms):
+        for i, (tile, first, last) in enumerate(mine):
+            seen[tile, first:last] += 1
+            # A reader of partial sums is its block's last split piece; a writer is the first.
+            assert first == 0 or i == 0
+    assert (seen == 1).all()
+    assert launch.grid <= sms
+
+
+def test_no_block_waits_for_one_that_waits() -> None:
+    # The block with a tile's first piece reads what later blocks wrote as their first piece.
+    for mine in pieces(Problem(16, 6144, 4096), Config("tuned", 256, 64, 5, True), 132):
+        assert len(mine) == 1
+
+
+def test_tiles_are_cut_only_where_they_leave_the_gpu_idle() -> None:
+    assert share_out(64, 224, 132) == (0, 128)
+    assert share_out(132, 64, 132) == (132, 0)
+    assert share_out(100, 64, 132) == (100, 0)
+    assert share_out(20, 6, 132) == (20, 0)
+
+
+def test_sizes_are_packed_for_the_kernel_in_its_order() -> None:
+    problem, config = Problem(300, 264, 96), Config("tuned", 256, 192, 4, False)
+    numbers = np.frombuffer(pack_sizes(problem, derive(problem, config)), np.int32)
+    assert numbers[:9].tolist() == [300, 264, 264, 96, 2, 3, 2, 2, 2]
+    assert len(numbers) == 23
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20000), st.integers(1, 4000), st.integers(1, 2000), st.booleans(), st.sampled_from(["bf16", "fp32"]), st.booleans())
+def test_candidates_are_legal_few_and_best_first(tokens: int, octets: int, in_octets: int, sparse: bool, out: str, gated: bool) -> None:
+    problem = Problem(tokens, 8 * octets, 8 * in_octets, out_dtype=out, sparse=sparse, epilogue=Epilogue("silu", bias=True, gated=gated))
+    found = candidates(problem)
+    assert 1 <= len(found) <= 8
+    assert all(why_not(problem, c) is None and derive(problem, c).smem_bytes <= SMEM_BYTES for c in found)
+    assert [modelled_us(problem, c) for c in found] == sorted(modelled_us(problem, c) for c in found)
+    assert default(problem) == found[0]
+
+
+REASONS = [
+    (Config("tunned"), "kernel 'tunned' is not one of tuned, pipelined, naive; did you mean 'tuned'"),
+    (Config(tile_rows=192), "a tile of 192 rows is not built, expected 128 or 256"),
+    (Config(tile_tokens=100), "a tile of 100 tokens is not built, expected a multiple of 8 from 64 to 192, or of 16 up to 256"),
+    (Config(tile_tokens=256), "a tile of 256 rows and 256 tokens needs more accumulator registers than a thread has, expected at most 192"),
+    (Config(tile_rows=128, tile_tokens=136), "halves its tokens between two warpgroups, expected a multiple of 16 from 128, got 136"),
+    (Config(stages=2), "a ring of 2 stages cannot keep two in flight, expected at least 3"),
+    (Config(stages=6), "6 stages and the staged outputs need"),
+]
+
+
+@pytest.mark.parametrize(("config", "reason"), REASONS)
+def test_why_not_says_why(config: Config, reason: str) -> None:
+    assert reason in (why_not(PROBLEM, config) or "")
+    with pytest.raises(InputError, match="cannot compute"):
+        derive(PROBLEM, config)
+
+
+def test_why_not_knows_what_an_epilogue_leaves() -> None:
+    biased = dataclasses.replace(PROBLEM, epilogue=Epilogue(bias=True))
+    assert why_not(biased, Config(tile_tokens=192)) == "this epilogue leaves registers for 184 tokens of a 256-row tile, not 192"
+    assert why_not(biased, Config(tile_tokens=184)) is None
+
+
+def test_the_ladder_takes_every_problem() -> None:
+    for kernel in ("naive", "pipelined"):
+        assert why_not(PROBLEM, Config(kernel)) is None
+        assert derive(PROBLEM, Config(kernel)).grid > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens is 0, expected a positive multiple of 1"),
+        ({"outputs": 12}, "outputs is 12, expected a positive multiple of 8; pad it when the weight is packed"),
+        ({"inputs": 20}, "inputs is 20, expected a positive multiple of 8"),
+        ({"dtype": "bf61"}, "dtype 'bf61' is not one of bf16, fp16; did you mean 'bf16'"),
+        ({"out_dtype": "int8"}, "out_dtype 'int8' is not one of bf16, fp16, fp32"),
+    ],
+)
+def test_a_bad_problem_is_one_sentence(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(PROBLEM, **arguments)
+
+
+def test_a_bad_epilogue_is_one_sentence() -> None:
+    with pytest.raises(InputError, match=r"activation 'geru' is not one of .*; did you mean '[gr]elu'"):
+        Epilogue("geru")
+    with pytest.raises(InputError, match="a gated epilogue cannot add a residual"):
+        Epilogue(gated=True, residual=True)
+
+
+def test_wide_tiles_keep_at_least_three_stages() -> None:
+    for sparse in (True, False):
+        problem = dataclasses.replace(PROBLEM, sparse=sparse)
+        assert most_stages(problem, 256, 192) >= 3
