@@ -123,6 +123,8 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
         (["run", "none.plan", "--input", "x.npy", "--output", "y.npz"], r"plan 'none.plan' does not exist"),
         (["measure"], r"missing argument 'FILES\.\.\.'"),
         (["measure", "none.onnx"], r"measure: file 'none.onnx' does not exist"),
+        (["measure", "gemm", "--shape", "8x8"], r"--shape '8x8' is not three positive integers"),
+        (["measure", "gemm", "--dtype", "int4"], r"'int4' is not one of 'bf16', 'fp16'"),
         (["inspect", "none.onnx"], r"inspect: file 'none.onnx' does not exist"),
     ],
 )

@@ -9,27 +9,52 @@ from twofour.cli.build import sizes
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=options.PATH)
+@click.argument("files", nargs=-1, required=True, type=options.PATH, metavar="FILES… | gemm")
 @click.option("--batch", default="1,32", show_default=True, metavar="N,N,…", help="Batch sizes.")
-@click.option(
-    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Time for each batch size, all files together."
-)
+@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Time for each batch size, all files.")
 @click.option("--no-memory", is_flag=True, help="Skip the peak memory (a process of its own for each).")
+@click.option("--shape", "shapes", multiple=True, metavar="TxOxI", help="gemm: one more tokens x outputs x inputs.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "fp16"]), help="gemm: only these; both by default.")
+@click.option("--out", type=options.PATH, help="gemm: the results file; a part that was stopped goes on where it ends.")
 @options.json_option
-def command(files: tuple[Path, ...], batch: str, seconds: float, no_memory: bool, as_json: bool) -> None:
+def command(
+    files: tuple[Path, ...],
+    batch: str,
+    seconds: float,
+    no_memory: bool,
+    shapes: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Latency, throughput and memory of FILES (plans or ONNX), the files of a batch size timed in turn.
 
     Each is warmed up first; p50, p90 and p99 are over whole batches; spread is (p90 − p10) / median.
+
+    `twofour measure gemm` times our matrix-product kernels beside cuBLASLt and cuSPARSELt on the GPU, in parts of at most 8 minutes.
     """
     import json
 
     from rich.console import Console
 
-    from twofour.cli.tables import print_measurements
+    from twofour.cli.tables import print_gemm, print_measurements
+
+    console = Console()
+    if files == (Path("gemm"),):
+        from twofour.report.gemm import DTYPES, current_rows, measure_gemm, summary
+
+        results = measure_gemm(out or Path("results") / "gemm.json", shapes=shapes, dtypes=dtypes or DTYPES, command=options.command_line())
+        if as_json:
+            click.echo(json.dumps(results, indent=1))
+        else:
+            print_gemm(current_rows(results), {dtype: summary(results, dtype) for dtype in dtypes or DTYPES}, console)
+            if not results["complete"]:
+                click.echo("this part is done, rows are missing: call the same command again")
+        return
     from twofour.report import measure
 
     rows = measure(files, batch=sizes(batch), seconds=seconds, memory=not no_memory)
     if as_json:
         click.echo(json.dumps([row.to_json() for row in rows], indent=1))
     else:
-        print_measurements(rows, Console())
+        print_measurements(rows, console)

@@ -1,6 +1,7 @@
 """Records as terminal tables."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -41,3 +42,18 @@ def print_measurements(rows: Sequence[Measurement], console: Console) -> None:
         numbers = (f"{m.median_ms:.3f}", f"{m.p90_ms:.3f}", f"{m.p99_ms:.3f}", f"{m.items_per_s:,.0f}", f"{100 * m.spread:.0f} %", str(m.n))
         table.add_row(m.name, m.backend, str(m.batch), *numbers, peak)
     console.print(table)
+
+
+def print_gemm(rows: Sequence[dict[str, Any]], summaries: dict[str, dict[str, float]], console: Console) -> None:
+    """Print rows of `measure gemm` in effective TFLOP/s, then the geometric means over the shapes of each data type."""
+    table = Table("shape", "dtype", "ours 2:4", "ours dense", "cuBLASLt", "cuSPARSELt", "over cuSPARSELt")
+    for row in rows:
+        flops = 2 * row["tokens"] * row["out"] * row["in"]
+        times = [row[f"{name}_us"] for name in ("ours", "ours_dense", "cublas", "cusparselt")]
+        cells = ["–" if us is None else f"{flops / us / 1e6:,.0f}" for us in times]
+        ratio = "–" if not times[0] or not times[3] else f"{times[3] / times[0]:.2f}"
+        table.add_row(row["name"] + (" (stale)" if row["stale"] else ""), row["dtype"], *cells, ratio)
+    console.print(table)
+    for dtype, values in summaries.items():
+        for name, value in values.items():
+            console.print(f"{dtype} {name.replace('_', ' ')}: {value:.3f}", highlight=False)
