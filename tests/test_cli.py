@@ -121,7 +121,7 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
         (["build", "none.onnx", "-o", "x.plan"], r"ONNX file 'none.onnx' does not exist"),
         (["build", "none.onnx", "-o", "x.plan", "--batch", "1,x"], r"--batch '1,x' is no list of sizes"),
         (["run", "none.plan", "--input", "x.npy", "--output", "y.npz"], r"plan 'none.plan' does not exist"),
-        (["measure"], r"missing argument 'FILES\.\.\.'"),
+        (["measure"], r"missing argument 'FILES… | gemm'"),
         (["measure", "none.onnx"], r"measure: file 'none.onnx' does not exist"),
         (["measure", "gemm", "--shape", "8x8"], r"--shape '8x8' is not three positive integers"),
         (["measure", "gemm", "--dtype", "int4"], r"'int4' is not one of 'bf16', 'fp16'"),

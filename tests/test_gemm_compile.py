@@ -3,14 +3,11 @@
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import pytest
-
 from twofour.jit.compiler import Compiled, compile_source
 from twofour.kernels.gemm import Config, Epilogue, Problem, why_not
 from twofour.kernels.gemm.contract import ACTIVATIONS, TILE_TOKENS, most_stages, most_tokens
 from twofour.kernels.gemm.source import source
 
-pytest.importorskip("cuda.bindings")
 Case = tuple[Problem, Config]
 
 

@@ -11,7 +11,6 @@ from twofour.errors import InputError, UnsupportedError
 from twofour.jit import Cache, Source, compile_source, digest, flatten, strip_comments
 from twofour.jit.cache import default_cache
 
-pytest.importorskip("cuda.bindings")
 TINY = Source("tiny", 'extern "C" __global__ void tiny(float* x) { x[threadIdx.x] = 1.0f; }\n')
 
 
