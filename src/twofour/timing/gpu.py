@@ -150,6 +150,8 @@ class Graph:
     def __init__(self, candidate: Candidate, calls: int, stream: Any) -> None:
         d = bindings()
         self._stream = stream
+        # NOTE: the graph holds bare addresses; the candidate owns the memory behind them.
+        self._candidate = candidate
         self.calls = calls
         check(d.cuStreamBeginCapture(stream, d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED), f"capturing {candidate.name}")
         try:

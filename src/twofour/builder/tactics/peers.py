@@ -72,18 +72,13 @@ class CublasLt:
         lt.matmul_preference_set_attribute(preference, lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES, size.ctypes.data, 8)
         self._results = np.zeros(algorithm + 1, lt.matmul_heuristic_result_dtype)
         count = np.zeros(1, np.int32)
-        lt.matmul_algo_get_heuristic(
-            self._handle,
-            self._desc,
-            self._a,
-            self._b,
-            self._d,
-            self._d,
-            preference,
-            algorithm + 1,
-            self._results.ctypes.data,
-            count.ctypes.data,
-        )
+        where, number = self._results.ctypes.data, count.ctypes.data
+        try:
+            lt.matmul_algo_get_heuristic(
+                self._handle, self._desc, self._a, self._b, self._d, self._d, preference, algorithm + 1, where, number
+            )
+        except lt.cuBLASLtError as e:
+            raise UnsupportedError(f"cuBLASLt refused {problem} ({e}); use another tactic") from e
         lt.matmul_preference_destroy(preference)
         if int(count[0]) <= algorithm:
             raise UnsupportedError(
@@ -146,10 +141,11 @@ class CusparseLt:
         """Let the library time its algorithms, split-K included, on these operands; its fastest is used from now on."""
         self._streams[0] = stream
         lt = self._lt
-        lt.matmul_search(
-            self._handle, self._plan, self._one.ctypes.data, compressed, x, self._zero.ctypes.data, d, d, self._workspace.pointer,
-            ctypes.addressof(self._streams), 1,
-        )  # fmt: skip
+        one, zero, space = self._one.ctypes.data, self._zero.ctypes.data, self._workspace.pointer
+        try:
+            lt.matmul_search(self._handle, self._plan, one, compressed, x, zero, d, d, space, ctypes.addressof(self._streams), 1)
+        except lt.cuSPARSELtError as e:
+            raise UnsupportedError(f"cuSPARSELt could not search its algorithms for {self.problem} ({e}); use another tactic") from e
         check(bindings().cuStreamSynchronize(stream), "searching cuSPARSELt's algorithms")
         self._workspace = Buffer(max(WORKSPACE_BYTES, int(lt.matmul_get_workspace(self._handle, self._plan))))
 

@@ -8,7 +8,7 @@ lists.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, sqrt
 
 from twofour.errors import InputError, nearest
 from twofour.pattern.pack_sm90 import BLOCK_K, BLOCK_ROWS, block_bytes
@@ -221,7 +221,7 @@ def pick_group(row_tiles: int, config: Config, sparse: bool, grid: int) -> int:
     """
     weight = config.tile_rows * (1.125 if sparse else 2.0)
     activation = config.tile_tokens * 2.0
-    best = max(1, round((grid * activation / weight) ** 0.5))
+    best = max(1, round(sqrt(grid * activation / weight)))
     groups = max(1, round(row_tiles / best))
     return ceil(row_tiles / groups)
 
