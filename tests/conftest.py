@@ -13,6 +13,8 @@ from twofour.compress import Compression, compress
 from twofour.report import Report
 from twofour.sources import Task, resolve_model, resolve_task
 
+pytest_plugins = ["recording"]
+
 torch.set_num_threads(1)
 
 

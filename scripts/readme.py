@@ -1,0 +1,106 @@
+"""Writes the tables in README.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
+
+With a report it first records its accuracy in results/cpu/accuracy-demo.json. Rows whose sources have changed since are left out.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, geometric_mean, stdev
+from typing import Any
+
+from twofour.files import write_text
+from twofour.report import Report
+from twofour.report.gemm import current_rows
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
+GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
+TOKENS = {"512 tokens": lambda n: n == 512, "2,048 tokens and more": lambda n: n >= 2048}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a results file."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def record(report: Report) -> None:
+    """Keep the accuracy of a run, a row a seed and variant, with where it was measured."""
+    rows = [
+        {"net": report.model, "data": report.data, "seed": seed, "variant": row.variant, "metric": report.metric, "value": value}
+        for row in report.accuracy
+        for seed, value in zip(report.seeds, row.values, strict=True)
+    ]
+    head = {"schema": 1, "kind": "accuracy", "machine": report.environment.model_dump(), "date": report.created, "command": report.command}
+    write_text(DEMO, json.dumps({**head, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+def demo_table() -> str:
+    """Return the accuracy of `make demo` as Markdown."""
+    recorded = read(DEMO)
+    by_variant: dict[str, list[float]] = {}
+    for row in recorded["rows"]:
+        by_variant.setdefault(row["variant"], []).append(row["value"])
+    lines = ["| | accuracy on 360 held-out digits, % |", "|---|---|"]
+    for variant, values in by_variant.items():
+        lines.append(f"| {variant} | {fmean(values):.2f}" + (f" ± {stdev(values):.2f} |" if len(values) > 1 else " |"))
+    machine, seeds = recorded["machine"], len(next(iter(by_variant.values())))
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['libraries']['torch']}, Python {machine['python']}"
+    lines += ["", f"Mean ± standard deviation over {seeds} seeds; {where}; {recorded['date'][:10]}."]
+    return "\n".join(lines)
+
+
+def gemm_table() -> str:
+    """Return our kernels beside the libraries as Markdown, or a sentence when no recorded row is of these kernels."""
+    recorded = read(GEMM) if GEMM.is_file() else {"rows": []}
+    rows = [row for row in current_rows(recorded) if not row["stale"]]
+    if not rows:
+        return "No measurement of the present kernels is recorded."
+    lines = ["| sustained, geometric means | dtype | shapes | 2:4 over cuSPARSELt | worst | 2:4 over cuBLASLt | our dense over cuBLASLt |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for label, keep in TOKENS.items():
+        for dtype in ("bf16", "fp16"):
+            chosen = [row for row in rows if row["dtype"] == dtype and keep(row["tokens"])]
+            if not chosen:
+                continue
+            pairs = (("cusparselt_us", "ours_us"), ("cublas_us", "ours_us"), ("cublas_us", "ours_dense_us"))
+            sparse, dense, own = ([row[peer] / row[us] for row in chosen if row[peer] and row[us]] for peer, us in pairs)
+            worst = f"{min(sparse):.2f}" if sparse else "–"
+            means = [f"{geometric_mean(values):.2f}" if values else "–" for values in (sparse, dense, own)]
+            lines.append(f"| {label} | {dtype} | {len(chosen)} | **{means[0]}** | {worst} | {means[1]} | {means[2]} |")
+    machine = recorded["machine"]
+    known = ("gpu", "driver", "power_limit_w", "cuda", "torch", "nvidia-cublas", "nvidia-cusparselt-cu13")
+    where = ", ".join(f"{name} {machine[name]}" for name in known if machine.get(name) is not None)
+    lines += [
+        "",
+        f"{where}; {recorded['date'][:10]}; `{recorded['command']}`; every row: [results/nvidia-h200/gemm.json]({GEMM.relative_to(ROOT)}).",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table}
+
+
+def filled(readme: str) -> str:
+    """Return the README's text with each table between its markers."""
+    for name, make in TABLES.items():
+        table = make()
+        pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
+        readme, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", readme, flags=re.DOTALL)
+        assert count == 1, f"README.md has {count} places for the {name} table"
+    return readme
+
+
+def main() -> None:
+    """Record a report if one is given, then write the tables."""
+    if len(sys.argv) > 1:
+        record(Report.load(sys.argv[1]))
+    path = ROOT / "README.md"
+    write_text(path, filled(path.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()
