@@ -306,14 +306,17 @@ def test_a_disk_that_fills_leaves_what_is_finished_and_the_next_run_goes_on(tmp_
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 import numpy as np
 from twofour.pattern import select
 from twofour.pruning import prune_files
 select(np.ones((1024, 1024), np.uint16))  # the interpreter, torch and the compiled loops are not what is measured
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(which):
+    return 1024 * int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is resident now
+before = memory("VmRSS")
 prune_files(sys.argv[1], sys.argv[2])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(memory("VmHWM") - before)
 """
 
 
@@ -326,6 +329,6 @@ def test_memory_stays_below_twice_the_largest_tensor(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert int(run.stdout) < 2 * largest.numel() * 2
+    assert 0 < int(run.stdout) < 2 * largest.numel() * 2
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("a.weight")[:, :4], torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.bfloat16).expand(8192, 4))
