@@ -108,15 +108,15 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
 PRUNE = """
 import json, re, sys, time
 import numpy as np
-import twofour
 from twofour.pattern import select
+from twofour.pruning import prune_files
 select(np.ones((1024, 1024), np.uint16))  # torch and the compiled loops are loaded
 def memory(which):
     return 1024 * int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is resident now
 before = memory("VmRSS")
 start, used = time.perf_counter(), time.process_time()
-pruning = twofour.prune_files(sys.argv[1], sys.argv[2])
+pruning = prune_files(sys.argv[1], sys.argv[2])
 seconds, processor = time.perf_counter() - start, time.process_time() - used
 added = memory("VmHWM") - before
 largest = max(2 * layer.num_weights for layer in pruning.layers)
