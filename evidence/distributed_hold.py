@@ -2,16 +2,19 @@
 
     torchrun --nproc-per-node 2 evidence/distributed_hold.py results/GPU/distributed-hold.json
 
+Without torchrun one process trains plainly. Without a GPU the same runs over gloo on the CPU, which only shows that the script works
+(`--batch 2 --pixels 64 --steps 1 --blocks 1`).
+
 For each way of training: steps with and without `hold` interleaved in blocks, the median of each, and a count of elements that are not zero
 although they were pruned, over all processes, after every step. Random weights and images: this shows correctness and cost, no accuracy.
 """
 
+import argparse
 import copy
 import datetime
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,6 @@ from torch.distributed.fsdp import fully_shard
 
 import twofour
 from twofour.training import Hold
-
-BATCH, BLOCKS, STEPS = 128, 7, 10
 
 
 class Bottleneck(nn.Module):
@@ -61,56 +62,64 @@ def resnet50() -> nn.Sequential:
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     """One training step under bf16 autocast."""
     optimizer.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()
     optimizer.step()
 
 
-def seconds_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: int) -> float:
     """Return the mean wall time of a block of steps."""
-    torch.cuda.synchronize()
+    synchronize(images.device)
     start = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step(model, optimizer, images, labels)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / STEPS
+    synchronize(images.device)
+    return (time.perf_counter() - start) / steps
 
 
-def not_zero(held: Hold) -> int:
+def not_zero(held: Hold, device: torch.device) -> int:
     """Return how many pruned elements are not zero, over all processes."""
-    count = torch.tensor(sum(held.violations().values()), device="cuda")
+    count = torch.tensor(sum(held.violations().values()), device=device)
     if dist.is_initialized():
         dist.all_reduce(count)
     return int(count)
 
 
-def run(way: str, dense: nn.Module, pruning: twofour.Pruning, device: torch.device) -> dict[str, Any]:
+def run(way: str, dense: nn.Module, pruning: twofour.Pruning, device: torch.device, settings: argparse.Namespace) -> dict[str, Any]:
     """Train by `way` and return the row."""
-    model: nn.Module = copy.deepcopy(dense).to(device, memory_format=torch.channels_last)
-    images = torch.randn(BATCH, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (BATCH,), device=device)
+    # fully_shard takes contiguous parameters only.
+    layout = torch.contiguous_format if way == "fsdp2" else torch.channels_last
+    model: nn.Module = copy.deepcopy(dense).to(device, memory_format=layout)
+    images = torch.randn(settings.batch, 3, settings.pixels, settings.pixels, device=device).to(memory_format=layout)
+    labels = torch.randint(0, 1000, (settings.batch,), device=device)
     if way == "ddp":
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     elif way == "fsdp2":
         for layer in model.children():
             if isinstance(layer, Bottleneck):
                 fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    for _ in range(STEPS):
+    for _ in range(settings.steps):
         step(model, optimizer, images, labels)
     wrong = 0
     held = twofour.hold(model, optimizer, pruning)
-    for _ in range(STEPS):
+    for _ in range(settings.steps):
         step(model, optimizer, images, labels)
-        wrong += not_zero(held)
+        wrong += not_zero(held, device)
     held.remove()
     plain, with_hold = [], []
-    for _ in range(BLOCKS):
-        plain.append(seconds_a_step(model, optimizer, images, labels))
+    for _ in range(settings.blocks):
+        plain.append(seconds_a_step(model, optimizer, images, labels, settings.steps))
         held = twofour.hold(model, optimizer, pruning)
-        with_hold.append(seconds_a_step(model, optimizer, images, labels))
+        with_hold.append(seconds_a_step(model, optimizer, images, labels, settings.steps))
         held.check()
         held.remove()
     without, with_ = statistics.median(plain), statistics.median(with_hold)
@@ -118,8 +127,8 @@ def run(way: str, dense: nn.Module, pruning: twofour.Pruning, device: torch.devi
         "net": "ResNet-50",
         "way": way,
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "batch_a_process": BATCH,
-        "n": BLOCKS,
+        "batch_a_process": settings.batch,
+        "n": settings.blocks,
         "step_ms": 1e3 * without,
         "step_with_hold_ms": 1e3 * with_,
         "cost_percent": 100 * (with_ / without - 1),
@@ -129,31 +138,37 @@ def run(way: str, dense: nn.Module, pruning: twofour.Pruning, device: torch.devi
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    for name, default in (("batch", 128), ("pixels", 224), ("steps", 10), ("blocks", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    settings = parser.parse_args()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     dense = resnet50()
     pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),))
     ways = ("ddp", "fsdp2") if dist.is_initialized() else ("one process",)
-    rows = [run(way, dense, pruning, device) for way in ways]
+    rows = [run(way, dense, pruning, device, settings) for way in ways]
     if rank == 0:
         result = {
             "schema": 1,
             "kind": "training",
             "machine": {
-                "gpu": torch.cuda.get_device_name(),
+                "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda,
                 "twofour": twofour.__version__,
             },
             "date": datetime.date.today().isoformat(),
-            "command": f"torchrun --nproc-per-node {rows[0]['processes']} evidence/distributed_hold.py {sys.argv[1]}",
+            "command": f"torchrun --nproc-per-node {rows[0]['processes']} evidence/distributed_hold.py {settings.out}",
             "rows": rows,
         }
-        Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(result, indent=1) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -70,17 +70,17 @@ def test_formats_without_a_sign_and_magnitude_are_refused(dtype: torch.dtype) ->
         magnitude_mask(torch.ones(4, 4, dtype=torch.float32).to(dtype))
 
 
-def test_4096_by_4096_takes_at_most_50_ms() -> None:
+def test_4096_by_4096_takes_at_most_50_ms_on_two_cores() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         weight = torch.randn(4096, 4096).to(dtype)
         magnitude_mask(weight[:512])
         seconds = []
-        for _ in range(8):
-            start = time.perf_counter()
+        for _ in range(5):
+            start = time.process_time()
             magnitude_mask(weight)
-            seconds.append(time.perf_counter() - start)
-        # The fastest of eight: what else runs on the machine is not what is measured.
-        assert min(seconds) <= 0.050, (dtype, seconds)
+            seconds.append(time.process_time() - start)
+        # Time of all threads, the least of five: what else runs on the machine is not what is measured.
+        assert min(seconds) <= 2 * 0.050, (dtype, seconds)
 
 
 @pytest.mark.gpu

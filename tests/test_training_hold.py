@@ -99,6 +99,29 @@ def test_several_groups_and_a_frozen_weight() -> None:
         assert_held(model, pruning.masks)
 
 
+def test_weights_of_another_optimizer_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, pruning = pruned_network()
+    with caplog.at_level("WARNING", logger="twofour"):
+        hold(model, torch.optim.SGD([model[3].weight], lr=0.1), pruning).remove()
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("twofour")] == [
+        "hold: 1 pruned weights are not trained by this optimizer (first: 0.weight); hold the optimizer that trains them too"
+    ]
+    caplog.clear()
+    hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning).remove()
+    assert not [r for r in caplog.records if r.name.startswith("twofour")]
+
+
+def test_a_model_pruned_in_its_wrapping_is_held_in_it() -> None:
+    model = network()
+    compiled = torch.compile(model, backend="aot_eager")
+    pruning = prune(compiled, (batch(0)[0],))
+    assert set(pruning.masks) == {"_orig_mod.0.weight", "_orig_mod.3.weight"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hold(compiled, optimizer, pruning):
+        steps(compiled, optimizer, range(2))
+        assert_held(compiled, pruning.masks)
+
+
 def test_lbfgs_stays_among_the_kept_weights_and_finds_their_least_squares() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Identity()).double()

@@ -77,6 +77,34 @@ def test_sr_ste_is_the_papers_update(pattern: str) -> None:
     assert any(not torch.equal(first[n], handle.masks[n]) for n in NAMES)  # pruned weights came back
 
 
+def test_sr_ste_trains_digits_from_scratch_as_dense_training_does() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = torch.from_numpy(bunch.data / 16).float(), torch.from_numpy(bunch.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[360:], order[:360]
+    accuracy = {}
+    for way in ("dense", "sr_ste"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        handle = sr_ste(model, optimizer, NAMES) if way == "sr_ste" else None
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            for part in train[torch.randperm(len(train), generator=generator)].split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+                optimizer.step()
+        if handle is not None:
+            handle.remove()
+            assert set(derive_masks(model)) == set(NAMES)
+        accuracy[way] = 100 * float((model(images[test]).argmax(1) == labels[test]).double().mean())
+    # One standard error of 97 % on 360 images is 0.9 points.
+    assert accuracy["dense"] > 95
+    assert accuracy["sr_ste"] > accuracy["dense"] - 2 * 0.9
+
+
 def test_sr_ste_ends_masked_or_dense_and_can_be_resumed(tmp_path: Path) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = network()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import deque
@@ -254,10 +255,17 @@ def pruned_piece(content: bytearray, entry: Entry, pattern: Pattern) -> Done:
         raise InputError(f"tensor {entry.name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
     magnitude = values_of(magnitude_bits, entry.dtype)
     kept = pattern.mask(magnitude) if pattern.transposable else select(bits, 1, pattern.n, pattern.m)
-    total = float(magnitude.sum())
+    total = sum_of(magnitude)
     np.multiply(bits, kept.view(np.uint8), out=bits, casting="unsafe")
     np.multiply(magnitude, kept, out=magnitude)
-    return content, float(magnitude.sum()), total
+    return content, sum_of(magnitude), total
+
+
+def sum_of(magnitude: Array) -> float:
+    """Return the sum in the format of `magnitude`, which is fast, or in float64 where that would overflow."""
+    with np.errstate(over="ignore"):
+        total = float(magnitude.sum())
+    return total if math.isfinite(total) else float(magnitude.sum(dtype=np.float64))
 
 
 FIRST_NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E4M3": 0x7F, "F8_E5M2": 0x1F << 2}

@@ -1,5 +1,6 @@
 """Hold pruned weights at zero through any training loop, with the optimizer's own hooks."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from twofour.training.order import Orders, carried_orders, refuse_older_state
 from twofour.training.wrapped import unwrap_model, unwrap_optimizer
 
 __all__ = ["Hold", "derive_masks", "hold"]
+log = logging.getLogger(__name__)
 
 
 class Hold:
@@ -34,7 +36,7 @@ class Hold:
         ema: nn.Module | Sequence[nn.Module] = (),
         orders: Orders | None = None,
     ) -> None:
-        self.model = unwrap_model(model)
+        self.model = _named_as(masks, model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.masks = dict(masks)
         self.num_steps = 0
@@ -46,6 +48,13 @@ class Hold:
         if trained and not any(id(weight) in stepped for weight in trained):
             raise InputError(
                 "hold: the optimizer trains none of the pruned weights, expected an optimizer made from this model's parameters"
+            )
+        elsewhere = [name for name, weight, _ in self._held if weight.requires_grad and id(weight) not in stepped]
+        if elsewhere:
+            log.warning(
+                "hold: %d pruned weights are not trained by this optimizer (first: %s); hold the optimizer that trains them too",
+                len(elsewhere),
+                elsewhere[0],
             )
         self._handles = refuse_older_state(self.model, self.optimizer, carried_orders(self.model) if orders is None else orders)
         self.apply()
@@ -174,6 +183,12 @@ def _paired(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> list[P
             )
         pairs.append((name, weight, ~piece_like(mask, weight)))
     return pairs
+
+
+def _named_as(masks: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
+    """Return `model` if the masks go by its names (it was pruned in its wrapping), else what it wraps."""
+    inner = unwrap_model(model)
+    return model if inner is not model and masks.keys() <= dict(model.named_parameters()).keys() else inner
 
 
 def _averaged_module(average: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
