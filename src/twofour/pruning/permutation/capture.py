@@ -38,6 +38,10 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
+    def leaves(self) -> list[Any]:
+        """All arguments, flat."""
+        return list(pytree.tree_leaves((self.args, self.kwargs)))
+
     @property
     def batch(self) -> int | None:
         """Size of the first axis of the first tensor that has axes."""

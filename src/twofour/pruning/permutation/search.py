@@ -99,6 +99,7 @@ def search(
     *,
     seed: int = 0,
     seconds: float | None = None,
+    cut: bool = True,
     device: Any = None,
     progress: Callable[[float], None] | None = None,
 ) -> Found:
@@ -106,7 +107,8 @@ def search(
 
     Args:
         columns: float32 magnitudes, `[columns, rows]`, a multiple of 4 columns.
-        seconds: budget; None for a fixed schedule by size. A run later than its budget stops and is marked.
+        seconds: budget the schedule is made for; None for a fixed schedule by size.
+        cut: whether a run later than its budget stops and is marked.
         device: torch device for the assignment values; None computes on the CPU.
         progress: called with the share done, in 0-1.
 
@@ -122,7 +124,7 @@ def search(
     before = magnitude_kept(columns, identity)
     if columns.shape[0] < 8 or columns.shape[1] == 0:
         return Found(identity, before, before, 0, 0, time.monotonic() - started)
-    deadline = None if seconds is None else started + seconds
+    deadline = started + seconds if cut and seconds is not None else None
     # Sums of one scale: the compiled loops add in float32.
     scaled = columns / np.float32(max(float(columns.mean()), 1e-30))
     run = _Anneal(scaled, seed) if plan.method == "anneal" else _Assign(scaled, seed, device)
