@@ -92,11 +92,11 @@ def build(name: str) -> tuple[nn.Module, Any, dict[str, int] | None]:
     """A fresh network, example inputs for it, and the weights that count where that is not what `prune` would prune."""
     library, _, model = name.partition(":")
     torch.manual_seed(0)
+    import_torchvision()
     if library == "transformers":
         return _transformer(model)
     size = TORCHVISION[model] if library == "torchvision" else TIMM[model]
     example = torch.randn(2, 3, size, size)
-    import_torchvision()
     if library == "torchvision":
         models = importlib.import_module("torchvision.models")
         options: dict[str, Any] = {"weights": None}
@@ -147,7 +147,8 @@ def _transformer(model: str) -> tuple[nn.Module, Any, dict[str, int] | None]:
             projection_dim=32,
         )
         return t.CLIPModel(config), {**text, "pixel_values": torch.randn(2, 3, 32, 32)}, None
-    config = t.ModernBertConfig(**small, pad_token_id=0, global_attn_every_n_layers=2, local_attention=8, max_position_embeddings=64)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = t.ModernBertConfig(**small, **special, global_attn_every_n_layers=2, local_attention=8, max_position_embeddings=64)
     return t.ModernBertForMaskedLM(config), text, None
 
 
