@@ -77,8 +77,9 @@ def _hold(ledger: Ledger, factors: list[Lettered], kept: set[int]) -> None:
         for group in _groups(factors):
             free = frozenset().union(*(f.free for f in group))
             stop: frozenset[int] = frozenset()
-            if free - kept and free & kept:
-                stop = free & kept
+            beside_summed = frozenset().union(*(f.free & kept for f in group if f.free - kept))
+            if beside_summed:
+                stop = beside_summed
             elif not any(f.free == free for f in group):
                 overlaps = [a.free & b.free for a in group for b in group if a is not b and a.free & b.free and not _nested(a, b)]
                 stop = overlaps[0] if overlaps else frozenset()

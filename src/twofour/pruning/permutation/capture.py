@@ -110,7 +110,7 @@ def set_mode(model: nn.Module, mode: str) -> None:
         module.training = mode == "train" or (mode == "leaves" and next(module.children(), None) is None)
 
 
-def capture(model: nn.Module, inputs: Inputs) -> tuple[list[Capture], str | None]:
+def capture(model: nn.Module, inputs: Inputs, modes: Sequence[str] = ("eval", "train")) -> tuple[list[Capture], str | None]:
     """The graphs of evaluation and training, or the reason why there are none."""
     captures: list[Capture] = []
     batches = _batches(inputs)
@@ -120,6 +120,8 @@ def capture(model: nn.Module, inputs: Inputs) -> tuple[list[Capture], str | None
         if not evaluated:
             return [], f"evaluation cannot be captured: {reason}"
         captures += evaluated
+        if "train" not in modes:
+            return captures, None
         set_mode(model, "train")
         trained, reason = _export(model, inputs, "train", batches)
         if not trained:
