@@ -110,12 +110,19 @@ def set_mode(model: nn.Module, mode: str) -> None:
         module.training = mode == "train" or (mode == "leaves" and next(module.children(), None) is None)
 
 
-def capture(model: nn.Module, inputs: Inputs, modes: Sequence[str] = ("eval", "train")) -> tuple[list[Capture], str | None]:
-    """The graphs of evaluation and training, or the reason why there are none."""
+def capture(model: nn.Module, inputs: Inputs, modes: Sequence[str] = ("eval", "train"), open_batch: bool = True) -> tuple[list[Capture], str | None]:
+    """The graphs of evaluation and training, or the reason why there are none.
+
+    Args:
+        modes: `("eval",)` leaves training out, `open_batch=False` captures one fixed batch: quicker, and weaker; for trials only.
+    """
     captures: list[Capture] = []
     batches = _batches(inputs)
     with quiet(model):
         set_mode(model, "eval")
+        if not open_batch:
+            fixed = inputs.resized(batches[0])
+            return [Capture(_program(model, fixed, None, None), "eval", batches[:1], False)], None
         evaluated, reason = _export(model, inputs, "eval", batches)
         if not evaluated:
             return [], f"evaluation cannot be captured: {reason}"

@@ -54,16 +54,16 @@ def scale(*shape: int) -> nn.Parameter:
 # One piece for each function of a single value; those of positive numbers get them.
 UNARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(["relu", "relu6", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu"], ()),
-    **dict.fromkeys(["mish", "softplus", "log_sigmoid", "exp", "abs", "neg", "sin", "cos", "erf", "square", "floor", "round", "softsign"], ()),
-    **dict.fromkeys(["softshrink", "hardshrink", "sign", "expm1", "nan_to_num", "hardtanh", "clone", "alias", "detach"], ()),
+    **dict.fromkeys(["mish", "softplus", "log_sigmoid", "exp", "abs", "neg", "sin", "cos", "erf", "square", "floor", "round"], ()),
+    **dict.fromkeys(["sign", "expm1", "nan_to_num", "hardtanh", "clone", "alias", "detach"], ()),
     **{"pow": (2,), "clamp": (-1.0, 1.0), "clamp_min": (0.0,), "clamp_max": (0.5,), "threshold": (0.1, 0.0), "bitwise_not": ()},
-    **{"isnan": (), "logical_not": (), "tanhshrink": ()},
+    **{"isnan": (), "logical_not": ()},
 }
 POSITIVE = ["log", "sqrt", "rsqrt", "reciprocal", "log1p"]
 
 
 def unary(name: str) -> Build:
-    operation = getattr(F, name) if name in ("softsign", "tanhshrink") else getattr(aten, name)
+    operation = getattr(aten, name)
     arguments = UNARY.get(name, ())
 
     def function(self: Any, x: Tensor) -> Tensor:
@@ -303,8 +303,8 @@ def layer_norm_by_hand(c: int) -> nn.Module:
 @image
 def statistics(c: int) -> nn.Module:
     def function(s: Any, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
-        deviation, other = torch.std_mean(x, 1, keepdim=True)
+        variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
+        deviation, other = x.std(1, keepdim=True), x.mean(1, keepdim=True)
         total = x.sum((2, 3), keepdim=True) + x.amax(1, keepdim=True) + x.amin((2, 3), keepdim=True) + x.std((2, 3), keepdim=True)
         return (x - mean) / (variance + 1) + other / (deviation + 1) + 0.01 * total + 0.01 * torch.logsumexp(x, 1, keepdim=True)
 
@@ -368,7 +368,7 @@ def channel_padding(c: int) -> nn.Module:
 @image
 def pixel_paddings(c: int) -> nn.Module:
     body = nn.Sequential(nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.CircularPad2d(1), nn.Conv2d(c, c, 9))
-    return Piece(lambda s, x: F.pad(s.body(x), (0, -1)) if False else s.body(x), body=body)
+    return Piece(lambda s, x: s.body(x), body=body)
 
 
 @image
@@ -423,6 +423,16 @@ def constants(c: int) -> nn.Module:
         return s.join(torch.cat([x, *(m.to(x.dtype) for m in made), *likes, torch.ones(b, 2, 8, 8).to(x.dtype)], 1))
 
     return Piece(function, join=conv(c + 18, c, 1))
+
+
+@image
+def cast(c: int) -> nn.Module:
+    return Piece(lambda s, x: s.a(x).to(torch.float16).to(x.dtype), a=conv(c))
+
+
+@image
+def each_repeated(c: int) -> nn.Module:
+    return Piece(lambda s, x: s.a(x.repeat_interleave(2, 1)), a=conv(2 * c, c, 1))
 
 
 @image

@@ -43,9 +43,8 @@ def _axes(value: Value, axes: Any) -> list[int]:
 @rule(
     *("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "mish"),
     *("softplus", "log_sigmoid", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "sin", "cos", "erf", "pow", "square", "clamp"),
-    *("clamp_min", "clamp_max", "floor", "round", "clone", "alias", "detach", "contiguous", "_to_copy", "dropout", "feature_dropout"),
-    *("isnan", "logical_not", "bitwise_not", "threshold", "softshrink", "hardshrink", "tanhshrink", "sign", "expm1", "log1p", "nan_to_num", "to"),
-    *("lift_fresh_copy", "softsign", "bernoulli"),
+    *("clamp_min", "clamp_max", "floor", "round", "clone", "alias", "detach", "_to_copy", "isnan", "logical_not", "bitwise_not", "threshold"),
+    *("sign", "expm1", "log1p", "nan_to_num", "bernoulli"),
 )
 def _unary(ledger: Ledger, x: Value, *rest: Any, **options: Any) -> Value:
     return elementwise(ledger, [x, *_values(rest), *_values(list(options.values()))])
@@ -59,25 +58,16 @@ def _dropout(ledger: Ledger, x: Value, *rest: Any) -> tuple[Value, Value]:
 # y[i] = f(a[i], b[i], ...) with broadcasting: all operands are reordered alike.
 @rule(
     *("add", "sub", "mul", "div", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "copy", "eq", "ne", "lt"),
-    *("le", "gt", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "true_divide", "floor_divide", "remainder", "atan2"),
+    *("le", "gt", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "__and__", "floor_divide", "remainder", "atan2"),
 )
 def _elementwise(ledger: Ledger, *arguments: Any, **options: Any) -> Value:
     return elementwise(ledger, _values([*arguments, *options.values()]))
 
 
-# Every element is the same, or drawn alike: any order is as good.
-@rule(
-    *("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
-    *("scalar_tensor", "rand", "randn", "rand_like", "randn_like", "fill"),
-)
+# Every element is the same, or will be drawn alike: any order is as good.
+@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "fill")
 def _uniform(ledger: Ledger, *arguments: Any, shape: tuple[int, ...] = (), **options: Any) -> Value:
     return Value(shape, (), frozenset(range(len(shape))))
-
-
-# y[i] = start + i * step: an order of its own.
-@rule("arange", "linspace")
-def _counted(ledger: Ledger, *arguments: Any, shape: tuple[int, ...] = (), **options: Any) -> Value:
-    return Value(shape)
 
 
 # y[b, o] = sum_i x[b, i] w[o, i] + bias[o]
@@ -92,11 +82,9 @@ def _linear(ledger: Ledger, x: Value, weight: Value, bias: Value | None = None) 
 
 
 # y[n, g o] = sum_c x[n, g c] * w[g o, c] + bias[g o], at every pixel and kernel place
-@rule("conv1d", "conv2d", "conv3d", "convolution")
+@rule("conv1d", "conv2d", "conv3d")
 def _convolution(ledger: Ledger, x: Value, weight: Value, bias: Value | None = None, *rest: Any, shape: tuple[int, ...] = ()) -> Value:
-    transposed = len(rest) >= 6 and bool(rest[3])
-    groups = int(rest[5]) if len(rest) >= 6 else int(rest[3]) if len(rest) >= 4 else 1
-    return _convolve(ledger, x, weight, bias, groups, transposed, shape)
+    return _convolve(ledger, x, weight, bias, int(rest[3]) if len(rest) >= 4 else 1, False, shape)
 
 
 # y[n, g o] = sum_c x[n, g c] * w[g c, o] + bias[g o]
@@ -193,14 +181,12 @@ def _attention(
 
 
 # y = (x - mean_c) / std_c * weight_c + bias_c, and running statistics a channel
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional", "native_batch_norm", "cudnn_batch_norm")
-def _batch_norm(
-    ledger: Ledger, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None, *rest: Any, results: int = 1
-) -> Any:
+@rule("_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional", "_native_batch_norm_legit")
+def _batch_norm(ledger: Ledger, x: Value, weight: Value | None, bias: Value | None, *rest: Any, results: int = 1) -> tuple[Value, ...]:
     x = fix_axes(ledger, x, [a for a in range(x.ndim) if a != 1])
-    y = along(ledger, x, 1, weight, bias, mean, var)
+    y = along(ledger, x, 1, weight, bias, *_values(rest))
     channel = Value((x.shape[1],), tuple(Factor((0,), f.atom, f.tag) for f in y.factors if f.axes == (1,)))
-    return y if results == 1 else (y, *[channel] * (results - 1))
+    return (y, *[channel] * (results - 1))
 
 
 @rule("instance_norm")
@@ -228,7 +214,7 @@ def _layer_norm(ledger: Ledger, x: Value, normalized: Sequence[int], weight: Val
 
 
 # y = x scaled by a function of all places along some axes
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax")
+@rule("softmax", "log_softmax")
 def _softmax(ledger: Ledger, x: Value, axis: int, *rest: Any, **options: Any) -> Value:
     within(ledger, x, [x.axis(axis)])
     return x
@@ -245,7 +231,7 @@ def _spread(ledger: Ledger, x: Value, axes: Any = None, *rest: Any, shape: tuple
     return _reduced(ledger, x, _axes(x, None if isinstance(axes, bool) else axes), shape)
 
 
-@rule("var_mean", "std_mean")
+@rule("var_mean")
 def _spread_and_mean(ledger: Ledger, x: Value, axes: Any = None, *rest: Any, shape: Any = (), **options: Any) -> tuple[Value, Value]:
     y = _reduced(ledger, x, _axes(x, None if isinstance(axes, bool) else axes), shape[0])
     return y, y
@@ -268,12 +254,6 @@ def _extreme(ledger: Ledger, x: Value, axis: Any = None, keep: bool = False, sha
     return y, y
 
 
-@rule("argmax", "argmin", "cumsum", "sort", "topk")
-def _ordered(ledger: Ledger, x: Value, *arguments: Any, shape: Any = (), results: int = 1, **options: Any) -> Any:
-    ledger.freeze(x)
-    return Value(shape) if results == 1 else tuple(Value(s) for s in shape)
-
-
 def _reduced(ledger: Ledger, x: Value, axes: Sequence[int], shape: tuple[int, ...]) -> Value:
     within(ledger, x, axes)
     gone = {x.axis(a) for a in axes}
@@ -292,15 +272,14 @@ def _pixels(ledger: Ledger, x: Value, dimensions: int, shape: Any, results: int)
     return y if results == 1 else (y,) * results
 
 
-@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d", "replication_pad1d")
+@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_linear1d")
 def _pixels_1d(ledger: Ledger, x: Value, *rest: Any, shape: Any = (), results: int = 1, **options: Any) -> Any:
     return _pixels(ledger, x, 1, shape, results)
 
 
 @rule(
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-    *("reflection_pad2d", "replication_pad2d"),
 )
 def _pixels_2d(ledger: Ledger, x: Value, *rest: Any, shape: Any = (), results: int = 1, **options: Any) -> Any:
     return _pixels(ledger, x, 2, shape, results)
@@ -365,7 +344,7 @@ def _prelu(ledger: Ledger, x: Value, weight: Value) -> Value:
 
 
 # The same elements in another shape.
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+@rule("view", "_unsafe_view")
 def _reshape(ledger: Ledger, x: Value, *rest: Any, shape: tuple[int, ...] = ()) -> Value:
     return reshape(ledger, x, shape)
 
@@ -388,7 +367,7 @@ def _transpose(ledger: Ledger, x: Value, a: int, b: int) -> Value:
     return _permute(ledger, x, order)
 
 
-@rule("t", "mT", "numpy_T")
+@rule("t")
 def _t(ledger: Ledger, x: Value) -> Value:
     return x if x.ndim < 2 else _transpose(ledger, x, -2, -1)
 
@@ -433,6 +412,21 @@ def _repeat(ledger: Ledger, x: Value, times: Sequence[int], shape: tuple[int, ..
     return wide
 
 
+# y = every element of x several times in a row along an axis
+@rule("repeat_interleave")
+def _repeat_each(ledger: Ledger, x: Value, times: Any, axis: Any = None, shape: tuple[int, ...] = (), **options: Any) -> Value:
+    if not isinstance(times, int) or axis is None:
+        ledger.freeze(x)
+        return Value(shape)
+    at = x.axis(axis)
+    wide = _expand(ledger, _unsqueeze(ledger, x, at + 1, (*x.shape[: at + 1], 1, *x.shape[at + 1 :])), (), _inserted(x.shape, at + 1, times))
+    return reshape(ledger, wide, shape)
+
+
+def _inserted(shape: tuple[int, ...], at: int, size: int) -> tuple[int, ...]:
+    return (*shape[:at], size, *shape[at:])
+
+
 @rule("slice")
 def _slice(ledger: Ledger, x: Value, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     return _take(x, x.axis(axis), slice(start, end, step))
@@ -470,7 +464,7 @@ def _take(x: Value, axis: int, which: slice) -> Value:
     return Value(shape, tuple(factors), x.flat)
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "chunk")
+@rule("split", "split_with_sizes")
 def _split(ledger: Ledger, x: Value, sizes: Any, axis: int = 0, shape: Any = None) -> list[Value]:
     at = x.axis(axis)
     if shape is not None:
@@ -546,7 +540,7 @@ def _select_scatter(ledger: Ledger, x: Value, part: Value, axis: int, index: int
 
 
 # y = x with constants around it
-@rule("pad", "constant_pad_nd")
+@rule("pad")
 def _pad(ledger: Ledger, x: Value, widths: Sequence[int], mode: Any = "constant", *rest: Any) -> Value:
     for k in range(len(widths) // 2):
         axis, before, after = x.ndim - 1 - k, int(widths[2 * k]), int(widths[2 * k + 1])
