@@ -93,8 +93,9 @@ def walk(analysis: Analysis, taken: Capture, batch: int) -> dict[str, Any]:
     sizes = _sizes(taken, batch)
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     environment: dict[str, Any] = {}
+    fixed_by: dict[str, str] = {}
     for node in program.graph.nodes:
-        ledger.operation = f"{node.name} ({_operation(node)}) in {taken.mode}"
+        ledger.operation = _place(node, taken.mode, fixed_by)
         if node.op == "placeholder":
             environment[node.name] = _placeholder(analysis, node, specs.get(node.name), sizes)
         elif node.op == "output":
@@ -105,7 +106,29 @@ def walk(analysis: Analysis, taken: Capture, batch: int) -> dict[str, Any]:
             for value in pytree.tree_leaves(result, is_leaf=lambda v: isinstance(v, Value)):
                 if isinstance(value, Value):
                     ledger.register(value)
+        _trace_order(node, environment, fixed_by, taken.mode)
     return environment
+
+
+def _place(node: fx.Node, mode: str, fixed_by: dict[str, str]) -> str:
+    """How a promise of this node is told: its operation, and what put its operands into a fixed order."""
+    after = next((fixed_by[n.name] for n in node.all_input_nodes if n.name in fixed_by), "")
+    return f"{node.name} ({operation_of(node)}) in {mode}" + (f", fed by {after}" if after else "")
+
+
+def _trace_order(node: fx.Node, environment: dict[str, Any], fixed_by: dict[str, str], mode: str) -> None:
+    """Remember which operation, or input, a value without any channel order comes from."""
+    result = environment.get(node.name)
+    values = [v for v in pytree.tree_leaves(result, is_leaf=lambda v: isinstance(v, Value)) if isinstance(v, Value)]
+    if not values or any(v.factors or not v.shape for v in values):
+        return
+    if node.op == "placeholder":
+        fixed_by[node.name] = f"input {node.name}"
+    elif any(isinstance(v := environment.get(n.name), Value) and v.factors for n in node.all_input_nodes):
+        fixed_by[node.name] = f"{node.name} ({operation_of(node)})"
+    else:
+        inherited = [fixed_by[n.name] for n in node.all_input_nodes if n.name in fixed_by]
+        fixed_by[node.name] = inherited[0] if inherited else f"{node.name} ({operation_of(node)})"
 
 
 def _sizes(taken: Capture, batch: int) -> Any:
@@ -140,7 +163,8 @@ def _shapes(node: fx.Node, sizes: Any) -> Any:
     return None
 
 
-def _operation(node: fx.Node) -> str:
+def operation_of(node: fx.Node) -> str:
+    """`namespace.name` of a node's operation, without its overload."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target._schema.name.split('::')[-1]}"
@@ -173,7 +197,7 @@ def _apply(ledger: Ledger, node: fx.Node, environment: dict[str, Any], sizes: An
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], tuple | list) else None
     shapes = _shapes(node, sizes)
-    name = _operation(node)
+    name = operation_of(node)
     if shapes is None and not isinstance(node.meta.get("val"), tuple | list):
         if name not in _SILENT and node.meta.get("val") is None:
             _stop(ledger, args, kwargs)

@@ -22,7 +22,7 @@ from twofour.pruning.permutation.permute import permute
 from twofour.pruning.permutation.proof import difference, run, widened
 from twofour.sources.torchvision_compat import import_torchvision
 
-SEARCH_SECONDS = 4.0
+SEARCH_SECONDS = 2.0
 
 
 @dataclass

@@ -43,12 +43,13 @@ def first_wrong(model: nn.Module, inputs: Inputs, captures: Sequence[Capture], a
     batch = taken.batches[0]
     labels = walk(analysis, taken, batch)
     twin = widened(model)
+    double = inputs.map(lambda t: t.double() if t.is_floating_point() else t).resized(batch)
     with quiet(twin):
         set_mode(twin, "eval")
         redraw(twin)
-        before = _Watch(taken, twin, inputs.resized(batch)).values
+        before = _Watch(taken, twin, double).values
         apply_(tensors_of(twin), moves_of(analysis.held, order))
-        after = _Watch(taken, twin, inputs.resized(batch)).values
+        after = _Watch(taken, twin, double).values
     for node in taken.program.graph.nodes:
         old, new, label = before.get(node.name), after.get(node.name), labels.get(node.name)
         if node.op != "call_function" or old is None or new is None or not isinstance(label, Value) or old.shape != label.shape:
