@@ -125,8 +125,6 @@ WRONG = {
     "aten.view": (loose_reshape, "shuffle_by_views"),
     "aten.glu": (lambda ledger, x, axis=-1: rules._split(ledger, x, x.shape[x.axis(axis)] // 2, axis)[0], "gated_linear_unit"),
     "aten.cat": (sorted_cat, "dense_block"),
-    "aten.flip": (first_only, "turned"),
-    "aten.softmax": (lambda ledger, x, axis, *rest: Value(x.shape), "softmax_over_channels"),
     "aten.sort": (lambda ledger, x, *rest, **options: (x, x), "sorted_channels"),
     "aten.slice": (lambda ledger, x, *rest: x, "halves"),
 }

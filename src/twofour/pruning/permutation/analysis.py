@@ -55,6 +55,10 @@ def hold_tensors(model: nn.Module, ledger: Ledger) -> list[Held]:
         else:
             # An axis of one place has no order and needs no atom.
             found[id(tensor)] = Held(tensor, [name], [ledger.atoms(size if size > 1 else 0) for size in tensor.shape])
+    ledger.operation = "a buffer that is not saved with the model"
+    unsaved = {id(m._buffers[n]) for m in model.modules() for n in m._non_persistent_buffers_set if m._buffers.get(n) is not None}
+    for key in unsaved & set(found):
+        ledger.freeze(found[key].value)
     ledger.operation = "memory shared by tensors"
     owners: dict[int, Held] = {}
     for held in found.values():

@@ -1,11 +1,16 @@
 """From a ledger of promises to the channels that may trade places.
 
-A *channel* is a set of atoms that ties force to move together. Two channels may trade places when they stand in the same sites with the
-same keys and in the same columns of the same ties with the same keys. Every permutation of channels among such equals keeps every promise:
-sites map onto themselves because equals stand in the same ones; a tie's rows map onto rows because a channel holds at most one row for
-each tie and key, so the partner of the image is the image of the partner. Channels that break one of the conditions stay.
+A *channel* is a set of atoms that ties force to move together. Every atom gets a signature: the sites it stands in with their keys, the
+tie rows it stands in with their columns and keys, and then, in rounds, the signatures of its partners in those rows. Channels whose atoms
+all have different signatures, and the same ones, may trade places, each atom going to the one of equal signature. That keeps every
+promise: equals stand in the same sites with the same keys, so sites map onto themselves; the image of an atom stands in a row of the same
+tie and key with a partner that had, a round earlier, the signature of the image of the partner, and there is only one such atom in the
+channel, so rows map onto rows. Channels whose atoms cannot be told apart stay.
+
+Source: the rounds are the colour refinement of Weisfeiler and Leman 1968.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +21,9 @@ from scipy.sparse.csgraph import connected_components
 from twofour.pruning.permutation.labels import FIXED, Ints, Ledger
 
 Words = npt.NDArray[np.uint64]
+
+# Rounds of refinement: partners at this distance tell apart what stands in the same sites.
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -88,44 +96,54 @@ def derive(ledger: Ledger) -> Spaces:
     stay(np.array([FIXED]), "a value in a fixed order")
     for atoms, operation in ledger.frozen:
         stay(atoms, operation)
-    signature = np.zeros((n, 2), np.uint64)
     with np.errstate(over="ignore"):
-        _sign_sites(ledger, signature, stay)
-        _sign_ties(ledger, signature, channel_of, stay)
-        orbits = _orbits(ledger, signature, channel_of, reason_of)
+        earlier = _sign_sites(ledger, stay)
+        for _ in range(ROUNDS):
+            signature = _refine(ledger, earlier)
+            earlier, before = signature, earlier
+        orbits = _orbits(before, signature, channel_of, reason_of)
     return Spaces(orbits, channel_of, reason_of)
 
 
-def _sign_sites(ledger: Ledger, signature: Words, stay: object) -> None:
-    assert callable(stay)
+def _sign_sites(ledger: Ledger, stay: Callable[[Ints, str], None]) -> Words:
+    """Signatures by sites alone; atoms that stand twice in a site with one key stay."""
+    signature = np.zeros((ledger.num_atoms, 2), np.uint64)
     for number, (atom, key, operation) in enumerate(ledger.sites):
         moving = atom != FIXED
         twice = _duplicates(atom[moving], key[moving])
         if twice.any():
             stay(atom[moving][twice], f"{operation}: holds a channel twice")
         np.add.at(signature, atom, _digest(2 * number, 0, key))
+    return signature
 
 
-def _sign_ties(ledger: Ledger, signature: Words, channel_of: Ints, stay: object) -> None:
-    assert callable(stay)
-    for number, (left, right, key, operation) in enumerate(ledger.ties):
+def _refine(ledger: Ledger, signature: Words) -> Words:
+    """Signatures that also tell the partners in every tie."""
+    finer = _mix(signature ^ np.uint64(0x3C6EF372FE94F82B))
+    for number, (left, right, key, _) in enumerate(ledger.ties):
         rows = np.unique(np.stack([left, right, key], axis=1), axis=0)
         left, right, key = rows.T
-        twice = _duplicates(channel_of[left], key)
-        if twice.any():
-            stay(left[twice], f"{operation}: ties a channel to another of its own kind")
-        np.add.at(signature, left, _digest(2 * number + 1, 1, key))
-        np.add.at(signature, right, _digest(2 * number + 1, 2, key))
+        np.add.at(finer, left, _mix(_digest(2 * number + 1, 1, key) ^ _mix(signature[right])))
+        np.add.at(finer, right, _mix(_digest(2 * number + 1, 2, key) ^ _mix(signature[left])))
+    return finer
 
 
-def _orbits(ledger: Ledger, signature: Words, channel_of: Ints, reason_of: dict[int, str]) -> list[Orbit]:
-    n = ledger.num_atoms
+def _told_apart(channel_of: Ints, signature: Words) -> Ints:
+    """Channels in which two atoms have one signature."""
+    order = np.lexsort((signature[:, 1], signature[:, 0], channel_of))
+    channels, signatures = channel_of[order], signature[order]
+    same = (channels[1:] == channels[:-1]) & (signatures[1:] == signatures[:-1]).all(axis=1)
+    return np.unique(channels[1:][same])
+
+
+def _orbits(before: Words, signature: Words, channel_of: Ints, reason_of: dict[int, str]) -> list[Orbit]:
+    """Orbits by the signatures of the last round; those of the round before must tell the atoms of a channel apart."""
+    n = len(channel_of)
+    for channel in _told_apart(channel_of, before).tolist():
+        reason_of.setdefault(channel, "two places of a channel cannot be told apart")
     # Atoms by channel, and within a channel by signature: the role of an atom is its rank.
     order = np.lexsort((signature[:, 1], signature[:, 0], channel_of))
-    sorted_channels, sorted_signatures = channel_of[order], signature[order]
-    same_role = (sorted_channels[1:] == sorted_channels[:-1]) & (sorted_signatures[1:] == sorted_signatures[:-1]).all(axis=1)
-    for channel in np.unique(sorted_channels[1:][same_role]).tolist():
-        reason_of.setdefault(channel, "two places of a channel cannot be told apart")
+    sorted_channels = channel_of[order]
     num_channels = int(channel_of.max()) + 1
     of_channel = np.zeros((num_channels, 2), np.uint64)
     np.add.at(of_channel, channel_of, _mix(signature ^ np.uint64(0xA5A5A5A5)))
