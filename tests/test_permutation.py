@@ -19,6 +19,7 @@ from twofour.pruning.permutation.capture import Inputs
 from twofour.pruning.permutation.proof import Check, difference, prove, redraw, run, tensors_of, widened
 from twofour.pruning.permutation.rules import RULES
 
+
 class Block(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -369,7 +370,7 @@ def test_messages_of_the_record(tmp_path: Path, permuted: tuple[Residual, Residu
     save_file({"x": np.zeros(1)}, str(tmp_path / "other"))
     with pytest.raises(InputError, match="expected 'twofour-permutation-1'"):
         Permutation.load(tmp_path / "other")
-    with pytest.raises(InputError, match="resume file .* cannot be read"):
+    with pytest.raises(InputError, match=r"resume file .* cannot be read"):
         permute(residual(), EXAMPLE, seconds=0.1, resume=tmp_path / "broken")
 
 
@@ -404,3 +405,13 @@ def test_a_record_says_one_line() -> None:
     assert str(record) == (
         "Permutation: 1 of 1 weights reordered, kept magnitude 75.00 % -> 80.00 %, proven in float64 (largest error 2.0e-15)"
     )
+
+
+def test_float32_is_judged_by_a_derived_limit_and_still_sees_errors(permuted: tuple[Residual, Residual, Permutation]) -> None:
+    before, _, record = permuted
+    checks = prove(before, Inputs.of(EXAMPLE), record.moves, operations=30, wide=False)
+    assert {c.dtype for c in checks} == {"float32"}
+    assert all(c.passed for c in checks)
+    assert max(c.limit for c in checks) < 1e-3
+    wrong = {**record.moves, "one.b.weight": {1: np.roll(np.arange(16), 1)}}
+    assert not all(c.passed for c in prove(before, Inputs.of(EXAMPLE), wrong, operations=30, wide=False))

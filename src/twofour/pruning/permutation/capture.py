@@ -110,7 +110,9 @@ def set_mode(model: nn.Module, mode: str) -> None:
         module.training = mode == "train" or (mode == "leaves" and next(module.children(), None) is None)
 
 
-def capture(model: nn.Module, inputs: Inputs, modes: Sequence[str] = ("eval", "train"), open_batch: bool = True) -> tuple[list[Capture], str | None]:
+def capture(
+    model: nn.Module, inputs: Inputs, modes: Sequence[str] = ("eval", "train"), open_batch: bool = True
+) -> tuple[list[Capture], str | None]:
     """The graphs of evaluation and training, or the reason why there are none.
 
     Args:
@@ -167,7 +169,9 @@ def _export(model: nn.Module, inputs: Inputs, mode: str, batches: tuple[int, int
     found = []
     for batch in batches:
         try:
-            found.append(Capture(_program(model, inputs.resized(batch), None, None), mode, (batch,), False, note or f"fixed batch: {reason}"))
+            found.append(
+                Capture(_program(model, inputs.resized(batch), None, None), mode, (batch,), False, note or f"fixed batch: {reason}")
+            )
         except Exception as error:  # noqa: BLE001 - export raises errors of any kind; the reason is reported
             return [], _sentence(error)
     return found, reason

@@ -66,10 +66,16 @@ TORCHVISION = {
     **{"segmentation.fcn_resnet50": 64, "segmentation.deeplabv3_resnet50": 64, "segmentation.lraspp_mobilenet_v3_large": 64},
 }
 TIMM = {
-    **dict.fromkeys(["resnet26d", "seresnet50", "ecaresnet26t", "skresnet18", "res2net50_26w_4s", "resnest14d", "regnety_002", "repvgg_a0"], 64),
+    **dict.fromkeys(
+        ["resnet26d", "seresnet50", "ecaresnet26t", "skresnet18", "res2net50_26w_4s", "resnest14d", "regnety_002", "repvgg_a0"], 64
+    ),
     **dict.fromkeys(["hrnet_w18_small", "ghostnet_100", "mobilenetv4_conv_small", "efficientnet_lite0", "mixnet_s", "rexnet_100"], 64),
-    **dict.fromkeys(["tinynet_a", "convnextv2_atto", "dla34", "ese_vovnet19b_dw", "selecsls42b", "dpn48b", "cspresnet50", "hgnetv2_b0"], 64),
-    **dict.fromkeys(["fasternet_t0", "repvit_m0_9", "starnet_s1", "mambaout_femto", "poolformer_s12", "poolformerv2_s12", "caformer_s18"], 64),
+    **dict.fromkeys(
+        ["tinynet_a", "convnextv2_atto", "dla34", "ese_vovnet19b_dw", "selecsls42b", "dpn48b", "cspresnet50", "hgnetv2_b0"], 64
+    ),
+    **dict.fromkeys(
+        ["fasternet_t0", "repvit_m0_9", "starnet_s1", "mambaout_femto", "poolformer_s12", "poolformerv2_s12", "caformer_s18"], 64
+    ),
     **dict.fromkeys(["pvt_v2_b0", "edgenext_xx_small", "mobilevit_xxs", "mobileone_s0", "efficientvit_b0", "inception_next_atto"], 64),
     **dict.fromkeys(["deit_tiny_patch16_224", "beit_base_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "mixer_s32_224"], 224),
     **dict.fromkeys(["resmlp_12_224", "gmlp_ti16_224", "coatnet_nano_rw_224", "volo_d1_224", "twins_svt_small", "levit_128s"], 224),
@@ -133,7 +139,14 @@ def _transformer(model: str) -> tuple[nn.Module, Any, dict[str, int] | None]:
         return t.T5ForConditionalGeneration(config), {"input_ids": ids, "decoder_input_ids": ids[:, :7]}, None
     if model == "whisper":
         config = t.WhisperConfig(
-            **{"vocab_size": 128, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "num_mel_bins": 16},
+            **{
+                "vocab_size": 128,
+                "d_model": 64,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "num_mel_bins": 16,
+            },
             **{"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 16},
             **{"max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
         )

@@ -222,7 +222,9 @@ def reshape(ledger: Ledger, value: Value, shape: Sequence[int]) -> Value:
     if segments is None:
         ledger.freeze(value)
         return Value(new)
-    flat = frozenset(n for old_axes, new_axes in segments if all(o in value.flat or value.shape[o] == 1 for o in old_axes) for n in new_axes)
+    flat = frozenset(
+        n for old_axes, new_axes in segments if all(o in value.flat or value.shape[o] == 1 for o in old_axes) for n in new_axes
+    )
     result = Value(new, (), flat)
     # Segments that one factor spans are reshaped together; factors that meet in a segment cannot both stay.
     segment_of = {o: k for k, (old_axes, _) in enumerate(segments) for o in old_axes}

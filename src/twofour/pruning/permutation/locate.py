@@ -10,7 +10,7 @@ from twofour.pruning.permutation.analysis import Analysis, walk
 from twofour.pruning.permutation.apply import Reordering, apply_, moves_of
 from twofour.pruning.permutation.capture import Capture, Inputs, quiet, set_mode
 from twofour.pruning.permutation.labels import Ints, Value
-from twofour.pruning.permutation.proof import redraw, tensors_of, wide, widened
+from twofour.pruning.permutation.proof import one_format, redraw, tensors_of, widened
 
 
 def culprits(found: Sequence[Reordering], passes: Callable[[Sequence[Reordering]], bool]) -> list[Reordering]:
@@ -82,7 +82,7 @@ class _Watch(fx.Interpreter):
                     arguments.append(constants[lifted[node.name]])
                 else:
                     arguments.append(next(leaves, None))
-        with wide():
+        with one_format():
             self.run(*arguments)
 
     def run_node(self, n: fx.Node) -> Any:

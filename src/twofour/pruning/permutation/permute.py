@@ -166,10 +166,11 @@ def _proven(
 ) -> tuple[Ints, list[Check]]:
     """The order that passes the proof and its checks; reorderings that fail are left out and their operation is noted."""
     count = analysis.ledger.num_atoms
+    operations = sum(node.op == "call_function" for node in captures[0].program.graph.nodes)
 
     def check(some: Iterable[Reordering]) -> list[Check]:
         moves = moves_of(analysis.held, atom_order(count, some))
-        return prove(model, inputs, moves, mode=mode) if moves else []
+        return prove(model, inputs, moves, mode=mode, operations=operations) if moves else []
 
     checks = check(found)
     if all(c.passed for c in checks):

@@ -53,7 +53,9 @@ def scale(*shape: int) -> nn.Parameter:
 
 # One piece for each function of a single value; those of positive numbers get them.
 UNARY: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(["relu", "relu6", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu"], ()),
+    **dict.fromkeys(
+        ["relu", "relu6", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu"], ()
+    ),
     **dict.fromkeys(["mish", "softplus", "log_sigmoid", "exp", "abs", "neg", "sin", "cos", "erf", "square", "floor", "round"], ()),
     **dict.fromkeys(["sign", "expm1", "nan_to_num", "hardtanh", "clone", "alias", "detach"], ()),
     **{"pow": (2,), "clamp": (-1.0, 1.0), "clamp_min": (0.0,), "clamp_max": (0.5,), "threshold": (0.1, 0.0), "bitwise_not": ()},
@@ -84,7 +86,10 @@ for _name in [*UNARY, *POSITIVE]:
 BINARY = {
     **{n: getattr(torch, n) for n in ("add", "sub", "mul", "rsub", "maximum", "minimum", "atan2")},
     **{n: lambda a, b, f=getattr(torch, n): torch.where(f(a, b), a, 0.5 * b) for n in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{n: lambda a, b, f=getattr(torch, n): torch.where(f(a > 0, b > 0), a, b) for n in ("logical_and", "logical_or", "bitwise_and", "bitwise_or")},
+    **{
+        n: lambda a, b, f=getattr(torch, n): torch.where(f(a > 0, b > 0), a, b)
+        for n in ("logical_and", "logical_or", "bitwise_and", "bitwise_or")
+    },
     "div": lambda a, b: a / (b.abs() + 0.5),
     "floor_divide": lambda a, b: torch.floor_divide(4 * a, b.abs() + 0.5) + a,
     "remainder": lambda a, b: torch.remainder(a, b.abs() + 0.5),
@@ -112,7 +117,10 @@ def convolution(c: int) -> nn.Module:
 
 @image
 def residual(c: int) -> nn.Module:
-    return Piece(lambda s, x: F.relu_(x + s.body(x)), body=nn.Sequential(conv(c), nn.BatchNorm2d(c), nn.ReLU(inplace=True), conv(c), nn.BatchNorm2d(c)))
+    return Piece(
+        lambda s, x: F.relu_(x + s.body(x)),
+        body=nn.Sequential(conv(c), nn.BatchNorm2d(c), nn.ReLU(inplace=True), conv(c), nn.BatchNorm2d(c)),
+    )
 
 
 @image
@@ -146,7 +154,11 @@ def squeeze_excite_linear(c: int) -> nn.Module:
 
 @image
 def shuffle_by_views(c: int) -> nn.Module:
-    return nn.Sequential(conv(c, groups=2), Piece(lambda s, x: x.view(x.shape[0], 2, c // 2, 8, 8).transpose(1, 2).reshape(x.shape[0], c, 8, 8)), conv(c, k=1))
+    return nn.Sequential(
+        conv(c, groups=2),
+        Piece(lambda s, x: x.view(x.shape[0], 2, c // 2, 8, 8).transpose(1, 2).reshape(x.shape[0], c, 8, 8)),
+        conv(c, k=1),
+    )
 
 
 @image
@@ -235,7 +247,13 @@ def in_one_dimension(c: int) -> nn.Module:
 @image
 def in_three_dimensions(c: int) -> nn.Module:
     body = nn.Sequential(
-        *(nn.Conv3d(c, c, 3, padding=1), nn.BatchNorm3d(c), nn.ConvTranspose3d(c, c, 2, stride=2), nn.MaxPool3d(2), nn.Upsample(scale_factor=2)),
+        *(
+            nn.Conv3d(c, c, 3, padding=1),
+            nn.BatchNorm3d(c),
+            nn.ConvTranspose3d(c, c, 2, stride=2),
+            nn.MaxPool3d(2),
+            nn.Upsample(scale_factor=2),
+        ),
         *(nn.AvgPool3d(2), nn.Upsample(scale_factor=2, mode="trilinear"), nn.AdaptiveAvgPool3d((1, 8, 8))),
     )
     return Piece(lambda s, x: s.body(x[:, :, None])[:, :, 0], body=body)
@@ -315,7 +333,7 @@ def statistics(c: int) -> nn.Module:
 def truths(c: int) -> nn.Module:
     def function(s: Any, x: Tensor) -> Tensor:
         some, every = (x > 1).any(1, keepdim=True), (x > -9).all(1, keepdim=True)
-        return torch.where(some & every, x, 0.5 * x) * (1 + 0.01 * torch.sigmoid(x).prod(3, keepdim=True))
+        return torch.where(some & every & (x > 0) & (x < 2), x, 0.5 * x) * (1 + 0.01 * torch.sigmoid(x).prod(3, keepdim=True))
 
     return Piece(function)
 
@@ -617,7 +635,13 @@ def feed_forward(c: int) -> nn.Module:
 
 @tokens
 def gated_feed_forward(c: int) -> nn.Module:
-    return Piece(lambda s, x: x + s.out(F.silu(s.gate(s.norm(x))) * s.up(x)), norm=nn.RMSNorm(c), gate=nn.Linear(c, 2 * c), up=nn.Linear(c, 2 * c), out=nn.Linear(2 * c, c))
+    return Piece(
+        lambda s, x: x + s.out(F.silu(s.gate(s.norm(x))) * s.up(x)),
+        norm=nn.RMSNorm(c),
+        gate=nn.Linear(c, 2 * c),
+        up=nn.Linear(c, 2 * c),
+        out=nn.Linear(2 * c, c),
+    )
 
 
 @tokens
@@ -704,7 +728,11 @@ def class_token(c: int) -> nn.Module:
 
 @tokens
 def token_mixer(c: int) -> nn.Module:
-    return Piece(lambda s, x: x + s.mix(s.norm(x).transpose(1, 2)).transpose(1, 2), norm=nn.LayerNorm(c), mix=nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)))
+    return Piece(
+        lambda s, x: x + s.mix(s.norm(x).transpose(1, 2)).transpose(1, 2),
+        norm=nn.LayerNorm(c),
+        mix=nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)),
+    )
 
 
 @tokens

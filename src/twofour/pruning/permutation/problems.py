@@ -76,7 +76,7 @@ def _groups(view: View) -> Ints:
     group = view.places // 4
     order = np.argsort(view.places)
     labels = np.full(len(group), -1, np.int64)
-    numbers, starts, counts = np.unique(group[order], return_index=True, return_counts=True)
+    _, starts, counts = np.unique(group[order], return_index=True, return_counts=True)
     for start in starts[counts == 4].tolist():
         members = order[start : start + 4]
         labels[members] = members.min()

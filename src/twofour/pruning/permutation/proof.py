@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -21,7 +22,7 @@ from twofour.pruning.permutation.apply import Moves, apply_, moved
 from twofour.pruning.permutation.capture import Inputs, quiet, set_mode
 
 LIMIT = 1e-9
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -40,45 +41,56 @@ class Check:
         return self.error <= self.limit
 
 
-class Wide(TorchDispatchMode):
-    """Inside the block every floating computation is float64, casts to narrower formats included, and dropout keeps everything."""
+class OneFormat(TorchDispatchMode):
+    """Inside the block every floating computation has one format, whatever casts the model asks for, and dropout keeps everything."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
+        if kwargs.get("dtype") in _FLOATING:
+            kwargs["dtype"] = self.dtype
         name = func._schema.name
         if name == "aten::native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name == "aten::bernoulli_":
             return args[0].fill_(1.0)
-        if not func._schema.is_mutable:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, _widen, (args, kwargs))
-        result = func(*args, **kwargs)
-        return result if func._schema.is_mutable else pytree.tree_map_only(torch.Tensor, _widen, result)
+        if func._schema.is_mutable:
+            return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._cast, (args, kwargs))
+        return pytree.tree_map_only(torch.Tensor, self._cast, func(*args, **kwargs))
 
-
-def _widen(t: torch.Tensor) -> torch.Tensor:
-    return t.double() if t.dtype in _NARROW else t
+    def _cast(self, t: torch.Tensor) -> torch.Tensor:
+        return t.to(self.dtype) if t.dtype in _FLOATING and t.dtype != self.dtype else t
 
 
 @contextlib.contextmanager
-def wide() -> Iterator[None]:
-    """Run a block in float64 whatever formats the model names."""
+def one_format(dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Run a block in one floating format, gradients off."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
-        with torch.no_grad(), Wide():
+        with torch.no_grad(), OneFormat(dtype):
             yield
     finally:
         torch.set_default_dtype(default)
 
 
-def widened(model: nn.Module) -> nn.Module:
-    """A float64 copy, gradients off."""
+def widened(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy in one floating format, gradients off."""
     twin = copy.deepcopy(model)
     twin.requires_grad_(False)
-    return twin.double()
+    return twin.to(dtype)
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether a float64 copy and what it computes fit beside the model: four times its elements in float64, by what is free now."""
+    elements = sum(t.numel() for t in tensors_of(model).values())
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    free = min((torch.cuda.mem_get_info(d)[0] for d in devices), default=psutil.virtual_memory().available)
+    return 4 * 8 * elements <= free
 
 
 def redraw(model: nn.Module, seed: int = 0) -> None:
@@ -116,9 +128,9 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
             b.copy_(torch.where(large, b, fresh.to(b)))
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """All tensors of the result, in order, in float64 where floating; the random state is the same for every call."""
-    with wide(), torch.random.fork_rng(devices=[]):
+def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """All tensors of the result, in order, in one floating format; the random state is the same for every call."""
+    with one_format(dtype), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result = model(*inputs.args, **inputs.kwargs)
     return [t.detach().clone() for t in pytree.tree_leaves(_plain(result)) if isinstance(t, torch.Tensor)]
@@ -155,32 +167,59 @@ def difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     return worst
 
 
-def prove(model: nn.Module, inputs: Inputs, moves: Moves, *, mode: str = "train") -> list[Check]:
+def prove(
+    model: nn.Module, inputs: Inputs, moves: Moves, *, mode: str = "train", operations: int = 1, wide: bool | None = None
+) -> list[Check]:
     """Compare the network with its reordered self; `model` itself is not touched.
 
     Args:
         mode: how training is run, `train` or `leaves` (containers in evaluation).
+        operations: of the captured graph; bounds the rounding of a float32 comparison.
+        wide: float64 if True, float32 if False; None takes float64 where it fits in memory.
     """
-    twin = widened(model)
-    double = inputs.map(lambda t: t.detach().double() if t.is_floating_point() else t)
+    dtype = torch.float64 if (fits(model) if wide is None else wide) else torch.float32
+    twin = widened(model, dtype)
+    cast = inputs.map(lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
     first = max(inputs.batch or 2, 2)
-    sized = [double.resized(first), double.resized(first + 1)]
+    sized = [cast.resized(first), cast.resized(first + 1)]
     checks: list[Check] = []
     with quiet(twin):
         for network in ("as it is", "redrawn"):
             set_mode(twin, "eval")
             if network == "redrawn":
                 redraw(twin)
-            original = [run(twin, s) for s in sized]
+            original = [run(twin, s, dtype) for s in sized]
+            limits = [limit_of(twin, s, before, dtype, operations) for s, before in zip(sized, original, strict=True)]
             # Batch statistics of a fresh network are ill-conditioned: training is judged where every value is of order one.
-            trained = _train(twin, sized[0], mode, None) if network == "redrawn" else None
+            trained = _train(twin, sized[0], mode, None) if network == "redrawn" and dtype == torch.float64 else None
             apply_(tensors_of(twin), moves)
-            for before, s in zip(original, sized, strict=True):
-                checks.append(Check(network, "eval", s.batch or 0, difference(before, run(twin, s)), LIMIT, "float64"))
+            for before, s, limit in zip(original, sized, limits, strict=True):
+                checks.append(
+                    Check(network, "eval", s.batch or 0, difference(before, run(twin, s, dtype)), limit, str(dtype).removeprefix("torch."))
+                )
             if trained is not None:
                 error = difference(trained, _train(twin, sized[0], mode, moves) or [])
                 checks.append(Check(network, mode, first, error, LIMIT, "float64"))
     return checks
+
+
+def limit_of(model: nn.Module, inputs: Inputs, outputs: list[torch.Tensor], dtype: torch.dtype, operations: int) -> float:
+    """The largest difference that is rounding: 1e-9 in float64.
+
+    In float32 every one of L operations rounds by one part in 2^24, as a change of the inputs by so much would, and independent roundings
+    add as square roots: 8 sqrt(L) times the response to a relative change of the inputs by 2^-23, or 2^-23 if the response is smaller.
+    """
+    if dtype == torch.float64:
+        return LIMIT
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(t: torch.Tensor) -> torch.Tensor:
+        if not t.is_floating_point():
+            return t
+        return t * (1 + 2.0**-23 * torch.randint(-1, 2, t.shape, generator=generator).to(t))
+
+    response = difference(outputs, run(model, inputs.map(nudged), dtype))
+    return 8 * math.sqrt(max(operations, 1)) * max(response, 2.0**-23)
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

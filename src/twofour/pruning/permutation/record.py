@@ -137,7 +137,9 @@ class Permutation:
     def _optimizer(self, state: Mapping[str, Any], parameters: Sequence[str], back: bool) -> dict[str, Any]:
         indices = [i for group in state["param_groups"] for i in group["params"]]
         if len(indices) != len(parameters):
-            raise InputError(f"parameters has {len(parameters)} names, expected {len(indices)}, one for each parameter of the optimizer state")
+            raise InputError(
+                f"parameters has {len(parameters)} names, expected {len(indices)}, one for each parameter of the optimizer state"
+            )
         result = {**state, "state": dict(state["state"])}
         for index, name in zip(indices, parameters, strict=True):
             key = self.names.get(name, name)
@@ -190,7 +192,9 @@ class Permutation:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise InputError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; pass a file written by Permutation.save")
+                    raise InputError(
+                        f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; pass a file written by Permutation.save"
+                    )
                 plain = json.loads(metadata["record"])
                 moves: Moves = {}
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping

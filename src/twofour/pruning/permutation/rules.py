@@ -41,9 +41,37 @@ def _axes(value: Value, axes: Any) -> list[int]:
 
 # y[i] = f(x[i]): every place is treated alike.
 @rule(
-    *("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "mish"),
+    *(
+        "relu",
+        "relu6",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "silu",
+        "gelu",
+        "sigmoid",
+        "tanh",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "mish",
+    ),
     *("softplus", "log_sigmoid", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "sin", "cos", "erf", "pow", "square", "clamp"),
-    *("clamp_min", "clamp_max", "floor", "round", "clone", "alias", "detach", "_to_copy", "isnan", "logical_not", "bitwise_not", "threshold"),
+    *(
+        "clamp_min",
+        "clamp_max",
+        "floor",
+        "round",
+        "clone",
+        "alias",
+        "detach",
+        "_to_copy",
+        "isnan",
+        "logical_not",
+        "bitwise_not",
+        "threshold",
+    ),
     *("sign", "expm1", "log1p", "nan_to_num", "bernoulli"),
 )
 def _unary(ledger: Ledger, x: Value, *rest: Any, **options: Any) -> Value:
@@ -57,7 +85,24 @@ def _dropout(ledger: Ledger, x: Value, *rest: Any) -> tuple[Value, Value]:
 
 # y[i] = f(a[i], b[i], ...) with broadcasting: all operands are reordered alike.
 @rule(
-    *("add", "sub", "mul", "div", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "copy", "eq", "ne", "lt"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "rsub",
+        "maximum",
+        "minimum",
+        "where",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+        "masked_fill",
+        "copy",
+        "eq",
+        "ne",
+        "lt",
+    ),
     *("le", "gt", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "__and__", "floor_divide", "remainder", "atan2"),
 )
 def _elementwise(ledger: Ledger, *arguments: Any, **options: Any) -> Value:
@@ -93,9 +138,7 @@ def _transposed(ledger: Ledger, x: Value, weight: Value, bias: Value | None = No
     return _convolve(ledger, x, weight, bias, int(rest[3]) if len(rest) >= 4 else 1, True, shape)
 
 
-def _convolve(
-    ledger: Ledger, x: Value, weight: Value, bias: Value | None, groups: int, transposed: bool, shape: tuple[int, ...]
-) -> Value:
+def _convolve(ledger: Ledger, x: Value, weight: Value, bias: Value | None, groups: int, transposed: bool, shape: tuple[int, ...]) -> Value:
     spatial = weight.ndim - 2
     batched = x.ndim == weight.ndim
     if not batched:
@@ -208,7 +251,9 @@ def _group_norm(ledger: Ledger, x: Value, groups: int, weight: Value | None = No
 
 # y = (x - mean) / std over the last axes, or x / rms
 @rule("layer_norm", "rms_norm")
-def _layer_norm(ledger: Ledger, x: Value, normalized: Sequence[int], weight: Value | None = None, bias: Value | None = None, *rest: Any) -> Value:
+def _layer_norm(
+    ledger: Ledger, x: Value, normalized: Sequence[int], weight: Value | None = None, bias: Value | None = None, *rest: Any
+) -> Value:
     within(ledger, x, range(x.ndim - len(normalized), x.ndim))
     return elementwise(ledger, [x, *_values([weight, bias])], x.shape)
 
@@ -238,7 +283,9 @@ def _spread_and_mean(ledger: Ledger, x: Value, axes: Any = None, *rest: Any, sha
 
 
 @rule("linalg_vector_norm")
-def _norm(ledger: Ledger, x: Value, order: Any = 2, axes: Any = None, keep: bool = False, shape: tuple[int, ...] = (), **options: Any) -> Value:
+def _norm(
+    ledger: Ledger, x: Value, order: Any = 2, axes: Any = None, keep: bool = False, shape: tuple[int, ...] = (), **options: Any
+) -> Value:
     return _reduced(ledger, x, _axes(x, axes), shape)
 
 
@@ -419,7 +466,9 @@ def _repeat_each(ledger: Ledger, x: Value, times: Any, axis: Any = None, shape: 
         ledger.freeze(x)
         return Value(shape)
     at = x.axis(axis)
-    wide = _expand(ledger, _unsqueeze(ledger, x, at + 1, (*x.shape[: at + 1], 1, *x.shape[at + 1 :])), (), _inserted(x.shape, at + 1, times))
+    wide = _expand(
+        ledger, _unsqueeze(ledger, x, at + 1, (*x.shape[: at + 1], 1, *x.shape[at + 1 :])), (), _inserted(x.shape, at + 1, times)
+    )
     return reshape(ledger, wide, shape)
 
 

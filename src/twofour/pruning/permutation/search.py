@@ -164,7 +164,19 @@ class _Anneal(_State):
             count = min(self.SLICE, steps - done)
             ends = [self.unit * HOT * (COLD / HOT) ** (at / steps) for at in (done, done + count)]
             kernels.anneal(
-                self.columns, self.order, self.best, self.second, self.base, self.kept, value, stamp, version, self.random, totals, count, *ends
+                self.columns,
+                self.order,
+                self.best,
+                self.second,
+                self.base,
+                self.kept,
+                value,
+                stamp,
+                version,
+                self.random,
+                totals,
+                count,
+                *ends,
             )
             done += count
             progress(done / steps)
