@@ -90,6 +90,12 @@ def test_inspect_as_json(run, short_run: Compression) -> None:  # type: ignore[n
     assert sum(w["is_24"] and w["required"] for w in value["weights"]) == 8
 
 
+def test_models_lists_what_is_installed_and_takes_a_glob(run) -> None:  # type: ignore[no-untyped-def]
+    assert "demo" in run("models").out.split()
+    assert run("models", "d?mo").out.split() == ["demo"]
+    assert "matches no model" in run("models", "nothing:*").err
+
+
 def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> None:  # type: ignore[no-untyped-def]
     text = run("doctor").out
     for word in ("torch", "onnxruntime", "cuda-core", "backend onnxruntime: works"):

@@ -1,5 +1,6 @@
 """`twofour compress`."""
 
+import re
 from pathlib import Path
 
 import click
@@ -46,7 +47,7 @@ def command(
     from twofour.report.terminal import print_summary
 
     console = Console()
-    folder = out or Path("runs") / f"{model}-{data}"
+    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"{model}-{data}")
     with ProgressDisplay(console) as listener:
         done = compress(
             model,

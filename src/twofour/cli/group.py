@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Run a plan on inputs from a file.",
     "measure": "Latency, throughput and memory of plans and ONNX files, interleaved.",
     "inspect": "Which layers of a file are 2:4, which could be, which not and why.",
+    "models": "The models that MODEL may name.",
     "doctor": "What is installed, which GPU, which backends work.",
 }
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from twofour.errors import InputError, nearest
+from twofour.sources.files import call_function, is_function_spec
+from twofour.sources.images import cifar10, image_folder, task_of
 from twofour.sources.task import ArrayDataset, Task
 
 NUM_DIGITS_VALIDATION = 360
@@ -27,14 +29,26 @@ def digits() -> Task:
 
 
 DATA = {"digits": digits}
+# Prefix -> (what makes the task of the rest, how to write it).
+FOLDERS = {"imagefolder": (image_folder, "imagefolder:DIR"), "cifar10": (cifar10, "cifar10:DIR")}
+
+
+def known_data() -> list[str]:
+    """Return every way to name data, for messages and help."""
+    return [*sorted(DATA), *(usage for _, usage in FOLDERS.values()), "FILE.py:FUNCTION"]
 
 
 def resolve_task(spec: str) -> Task:
-    """Return the task that `spec` names.
+    """Return the task that `spec` names: `digits`, `imagefolder:DIR`, `cifar10:DIR`, or `FILE.py:FUNCTION`.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name is unknown, or what it names cannot be used.
     """
-    if spec not in DATA:
-        raise InputError(f"data {spec!r} is unknown, expected one of {sorted(DATA)}{nearest(spec, DATA)}")
-    return DATA[spec]()
+    if spec in DATA:
+        return DATA[spec]()
+    if is_function_spec(spec):
+        return task_of(call_function(spec), spec)
+    prefix, colon, rest = spec.partition(":")
+    if colon and prefix in FOLDERS:
+        return FOLDERS[prefix][0](rest)
+    raise InputError(f"data {spec!r} is unknown, expected one of {known_data()}{nearest(spec, [*DATA, *FOLDERS])}")

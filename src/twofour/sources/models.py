@@ -1,12 +1,15 @@
 """Names of models on the command line → a module and how its inputs look."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from twofour.errors import InputError, nearest
+from twofour.errors import InputError, MissingExtraError, nearest
+from twofour.sources.files import call_function, is_function_spec
+from twofour.sources.torchvision_compat import import_torchvision
 
 
 class ResidualBlock(nn.Module):
@@ -57,12 +60,77 @@ class ModelSource:
 MODELS: dict[str, Callable[[int], nn.Module]] = {"demo": DemoNet}
 
 
+def torchvision_model(name: str) -> Callable[[int], nn.Module]:
+    """Return what makes torchvision's network `name` without weights."""
+    import_torchvision()
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        raise InputError(f"model 'torchvision:{name}' is unknown{nearest(name, list_models())}; twofour models lists all")
+    return lambda num_classes: get_model(name, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+
+
+def timm_model(name: str) -> Callable[[int], nn.Module]:
+    """Return what makes timm's network `name` without weights."""
+    import_torchvision()
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("models named timm:NAME need timm; pip install 'twofour[timm]'") from error
+    if name not in timm.list_models():
+        raise InputError(f"model 'timm:{name}' is unknown{nearest(name, timm.list_models())}; twofour models lists all")
+    return lambda num_classes: timm.create_model(name, pretrained=False, num_classes=num_classes)  # type: ignore[no-any-return]
+
+
+def own_model(spec: str) -> Callable[[int], nn.Module]:
+    """Return what makes the module of the user's FILE.py:FUNCTION; the function may take `num_classes`."""
+
+    def make(num_classes: int) -> nn.Module:
+        made = call_function(spec, num_classes=num_classes)
+        if not isinstance(made, nn.Module):
+            raise InputError(f"function {spec!r} returned {type(made).__name__}, expected a torch.nn.Module")
+        return made
+
+    return make
+
+
+# Prefix -> what makes the maker of the network named after the colon.
+ZOOS: dict[str, Callable[[str], Callable[[int], nn.Module]]] = {"torchvision": torchvision_model, "timm": timm_model}
+
+
+def list_models() -> list[str]:
+    """Return every name that `resolve_model` takes here, the user's own files apart; a zoo that is not installed adds none."""
+    names = sorted(MODELS)
+    try:
+        import_torchvision()
+    except MissingExtraError:
+        return names
+    from torchvision.models import list_models as torchvision_names
+
+    names += [f"torchvision:{name}" for name in torchvision_names()]
+    if importlib.util.find_spec("timm") is not None:
+        import timm
+
+        names += [f"timm:{name}" for name in timm.list_models()]
+    return names
+
+
+def known_models() -> list[str]:
+    """Return every way to name a model, for messages and help."""
+    return [*sorted(MODELS), *(f"{zoo}:NAME" for zoo in ZOOS), "FILE.py:FUNCTION"]
+
+
 def resolve_model(spec: str) -> ModelSource:
-    """Return the source that `spec` names.
+    """Return the source that `spec` names: `demo`, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name is unknown. MissingExtraError: its library is not installed.
     """
-    if spec not in MODELS:
-        raise InputError(f"model {spec!r} is unknown, expected one of {sorted(MODELS)}{nearest(spec, MODELS)}")
-    return ModelSource(spec, MODELS[spec])
+    if spec in MODELS:
+        return ModelSource(spec, MODELS[spec])
+    if is_function_spec(spec):
+        return ModelSource(spec, own_model(spec))
+    zoo, colon, name = spec.partition(":")
+    if colon and zoo in ZOOS:
+        return ModelSource(spec, ZOOS[zoo](name))
+    raise InputError(f"model {spec!r} is unknown, expected one of {known_models()}{nearest(spec, [*MODELS, *ZOOS])}")
