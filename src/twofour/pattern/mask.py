@@ -18,8 +18,9 @@ from twofour.errors import InputError
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
 
-# Below this many elements NumPy is done before the compiled loops are loaded.
+# Below this many elements NumPy is done before the compiled loops are loaded; once they are, they pay from fewer on.
 COMPILED_FROM = 1 << 20
+LOADED_FROM = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def compiled_loops() -> ModuleType | None:
         log.info("masks are chosen by NumPy, about ten times slower, because numba cannot be used: %s", error)
         return None
     return None if numba.config.DISABLE_JIT else mask_numba
+
+
+def loops_for(size: int) -> ModuleType | None:
+    """Return the compiled loops if they are the faster way for `size` elements."""
+    wanted = size >= COMPILED_FROM or (size >= LOADED_FROM and compiled_loops.cache_info().currsize > 0)
+    return compiled_loops() if wanted else None
 
 
 def magnitude_bits(weight: Array) -> Array:
@@ -90,7 +97,7 @@ def select(weight: Array, axis: int = 1, n: int = 2, m: int = 4) -> npt.NDArray[
         raise InputError(f"pattern {n}:{m} keeps {n} of {m}, expected 0 < n < m")
     if weight.ndim <= axis or weight.shape[axis] % m:
         raise InputError(f"weight of shape {list(weight.shape)} has no axis {axis} of a multiple of {m} elements to group")
-    loops = compiled_loops() if weight.size >= COMPILED_FROM else None
+    loops = loops_for(weight.size)
     if loops is None:
         return select_by_passes(weight, axis, n, m)
     inner = int(np.prod(weight.shape[axis + 1 :]))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twofour.errors import InputError
-from twofour.pattern.mask import COMPILED_FROM, compiled_loops
+from twofour.pattern.mask import loops_for
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +54,7 @@ def select_transposable(weight: Array) -> npt.NDArray[np.bool_]:
         return np.zeros(weight.shape, np.bool_)
     inner = int(np.prod(weight.shape[2:]))
     tiled = np.ascontiguousarray(weight).reshape(weight.shape[0] // 4, 4, weight.shape[1] // 4, 4, inner)
-    loops = compiled_loops() if weight.size >= COMPILED_FROM else None
+    loops = loops_for(weight.size)
     if loops is not None:
         if tiled.dtype not in (np.float32, np.float64):
             tiled = tiled.astype(np.float32)

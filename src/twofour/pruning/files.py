@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from twofour.errors import InputError
 from twofour.pattern import Pattern, select
+from twofour.pattern.mask import COMPILED_FROM, compiled_loops
 from twofour.pruning.names import examine_names
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.shards import FLOAT_BYTES, Entry, Shard, find_shards, pieces, sha256_of, write_aside
@@ -68,6 +69,8 @@ def prune_files(
     journal = Journal(out, {"pattern": str(pattern), "include": sorted(include), "exclude": sorted(exclude)}, source)
     total = sum(shard.size for shard in shards)
     done = 0
+    if total > COMPILED_FROM:
+        compiled_loops()  # pieces are too small to load them by themselves
 
     def advance(name: str, count: int) -> None:
         nonlocal done
