@@ -83,7 +83,7 @@ def accuracy_percent(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return top-1 accuracy in percent."""
     model.eval()
     outputs = torch.cat([model(part) for part in images.split(500)])
-    return 100 * float((outputs.argmax(1) == labels).double().mean())
+    return round(100 * float((outputs.argmax(1) == labels).double().mean()), 4)
 
 
 def sources_digest() -> str:

@@ -17,9 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twofour.errors import InputError, VerificationError
 from twofour.pruning import prune
+from twofour.pruning.permutation import permute
+from twofour.pruning.permutation.record import Permutation, carry
 from twofour.sources.models import DemoNet
 from twofour.training import derive_masks, hold
-from twofour.training.order import permute_state
+from twofour.training.order import carried_orders, permute_state
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -474,19 +476,16 @@ def test_a_permuted_state_steps_as_the_straight_one_does() -> None:
 
 
 def test_a_reordering_the_model_carries_is_found() -> None:
-    class Record:
-        moves = orders_of()
-
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     steps(model, optimizer, range(1))
     reorder(model)
-    model.twofour_permutation = Record()
+    carry(model, Permutation(moves=orders_of()))
     pruning = prune(model, (batch(0)[0],))
     with pytest.raises(InputError, match="is older than the reordering of its channels"):
         hold(model, optimizer, pruning)
     hold(model, optimizer, pruning, orders={}).remove()
-    permute_state(model, optimizer, Record.moves)
+    permute_state(model, optimizer, carried_orders(model))
     hold(model, optimizer, pruning).remove()
 
 
@@ -537,3 +536,27 @@ def test_the_with_block_lets_go_also_when_its_body_fails() -> None:
         raise ZeroDivisionError
     steps(model, optimizer, range(1))
     assert not derive_masks(model)
+
+
+def test_state_from_before_a_real_permutation_is_refused_then_brought_along() -> None:
+    torch.manual_seed(0)
+    # Groups of large channels beside groups of small ones: the search has something to gain, so channels move.
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.1, 0.1, 0.1, 0.1]).repeat(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    steps(model, optimizer, range(2))
+    before = optimizer.state[model[2].weight]["momentum_buffer"].clone()
+    permutation = permute(model, batch(0)[0], seconds=1.0)
+    assert permutation.moves["2.weight"][1] is not None
+    pruning = prune(model, (batch(0)[0],))
+    with pytest.raises(InputError, match="is older than the reordering of its channels"):
+        hold(model, optimizer, pruning)
+    permute_state(model, optimizer, carried_orders(model))
+    order = torch.from_numpy(permutation.moves["2.weight"][1])
+    rows = permutation.moves["2.weight"].get(0)
+    moved = before[:, order] if rows is None else before[torch.from_numpy(rows)][:, order]
+    assert torch.equal(optimizer.state[model[2].weight]["momentum_buffer"], moved)
+    with hold(model, optimizer, pruning):
+        steps(model, optimizer, range(2, 4))
+        assert_held(model, pruning.masks)

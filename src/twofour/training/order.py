@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twofour.errors import InputError
+from twofour.pruning.permutation import carried
 
 # Parameter name -> axis -> the old index of every new place.
 Orders = Mapping[str, Mapping[int, Any]]
@@ -16,14 +17,10 @@ Orders = Mapping[str, Mapping[int, Any]]
 KEY = "twofour_order"
 
 
-# The attribute under which a permuted model carries the record of it.
-ATTRIBUTE = "twofour_permutation"
-
-
 def carried_orders(model: nn.Module) -> Orders:
     """Return the reordering that `model` says it went through, empty if none."""
-    moves: Orders = getattr(getattr(model, ATTRIBUTE, None), "moves", {})
-    return moves
+    permutation = carried(model)
+    return permutation.moves if permutation is not None else {}
 
 
 def digest(orders: Orders) -> str:
