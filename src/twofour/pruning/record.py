@@ -86,10 +86,11 @@ class Pruning:
         return kept / total if total else 1.0
 
     def __str__(self) -> str:
+        known = any(layer.flops is not None for layer in self.layers)
+        flops = f"{100 * self.share_of_flops:.1f} % of FLOPs, " if known else ""
         return (
             f"Pruning({self.method}: {len(self.pruned)} of {len(self.layers)} layers {self.pattern}, "
-            f"{100 * self.share_of_weights:.1f} % of weights, "
-            f"{100 * self.share_of_flops:.1f} % of FLOPs, {100 * self.kept_magnitude:.1f} % of magnitude kept)"
+            f"{100 * self.share_of_weights:.1f} % of weights, {flops}{100 * self.kept_magnitude:.1f} % of magnitude kept)"
         )
 
     def to_json(self) -> str:
