@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from twofour.pruning.permutation import rules
-from twofour.pruning.permutation.analysis import Analysis, Ledger, analyse, operation_of
+from twofour.pruning.permutation import rules, rules_views
+from twofour.pruning.permutation.analysis import Analysis, analyse, operation_of
 from twofour.pruning.permutation.capture import Capture, Inputs, capture
-from twofour.pruning.permutation.labels import Factor, Value, fix_axes, pair, reshape, simplify
+from twofour.pruning.permutation.labels import Factor, Ledger, Value, fix_axes, pair, reshape, simplify, within
 from twofour.pruning.permutation.pieces import IMAGE, TOKENS
 from twofour.pruning.permutation.spaces import derive
 from twofour.pruning.permutation.trial import Network, Several, shuffle, trial
@@ -123,7 +123,7 @@ WRONG = {
     "aten.add": (first_only, "residual"),
     "aten.mul": (first_only, "layer_scale"),
     "aten.view": (loose_reshape, "shuffle_by_views"),
-    "aten.glu": (lambda ledger, x, axis=-1: rules._split(ledger, x, x.shape[x.axis(axis)] // 2, axis)[0], "gated_linear_unit"),
+    "aten.glu": (lambda ledger, x, axis=-1: rules_views._split(ledger, x, x.shape[x.axis(axis)] // 2, axis)[0], "gated_linear_unit"),
     "aten.cat": (sorted_cat, "dense_block"),
     "aten.sort": (lambda ledger, x, *rest, **options: (x, x), "sorted_channels"),
     "aten.slice": (lambda ledger, x, *rest: x, "halves"),
@@ -219,7 +219,7 @@ def test_heads_keep_their_channels_apart() -> None:
     heads = reshape(ledger, x, (3, 4))
     ledger.register(heads)
     assert orbit_sizes(ledger) == [12]
-    rules.within(ledger, heads, [1])
+    within(ledger, heads, [1])
     assert orbit_sizes(ledger) == [4, 4, 4]
 
 

@@ -27,7 +27,7 @@ def import_torchvision() -> ModuleType:
         except AttributeError:
             _declared.append(torch.library.define(f"torchvision::{name}", _SCHEMA))
     try:
-        import torchvision
+        import torchvision  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"torchvision cannot be imported ({error}); pip install 'twofour[vision]'") from error
     module: ModuleType = torchvision

@@ -128,10 +128,10 @@ def _trace_order(node: fx.Node, environment: dict[str, Any], fixed_by: dict[str,
         return
     if node.op == "placeholder":
         fixed_by[node.name] = f"input {node.name}"
-    elif any(isinstance(v := environment.get(n.name), Value) and v.factors for n in node.all_input_nodes):
-        fixed_by[node.name] = f"{node.name} ({operation_of(node)})"
     else:
-        inherited = [fixed_by[n.name] for n in node.all_input_nodes if n.name in fixed_by]
+        # An operand that already has no channel order, and is no index, is what put the result into one.
+        operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].is_floating_point()]
+        inherited = [fixed_by[n.name] for n in operands if n.name in fixed_by]
         fixed_by[node.name] = inherited[0] if inherited else f"{node.name} ({operation_of(node)})"
 
 
@@ -199,7 +199,9 @@ def _apply(ledger: Ledger, node: fx.Node, environment: dict[str, Any], sizes: An
 
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), resolve)
     if node.target is operator.getitem:
-        return args[0][args[1]] if isinstance(args[0], tuple | list) else None
+        results: Any = args[0]
+        number: Any = args[1]
+        return results[number] if isinstance(results, tuple | list) else None
     shapes = _shapes(node, sizes)
     name = operation_of(node)
     if shapes is None and not isinstance(node.meta.get("val"), tuple | list):
@@ -238,7 +240,7 @@ def _outputs(analysis: Analysis, program: Any, environment: dict[str, Any], mode
     """Outputs keep their order; a buffer that is written is reordered as the buffer that is read."""
     ledger = analysis.ledger
     for spec in program.graph_signature.output_specs:
-        value = environment.get(getattr(spec.arg, "name", None))
+        value = environment.get(getattr(spec.arg, "name", ""))
         if not isinstance(value, Value):
             continue
         if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION) and spec.target in analysis.by_name:

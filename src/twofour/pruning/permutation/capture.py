@@ -85,7 +85,7 @@ class Capture:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Run a block with caches and fused attention off; training flags, settings and random state are put back."""
     flags = {module: module.training for module in model.modules()}
-    found = (getattr(module, "config", None) for module in model.modules())
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = list({id(c): c for c in found if hasattr(c, "use_cache")}.values())
     cached = [c.use_cache for c in configs]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -183,7 +183,8 @@ def _program(model: nn.Module, inputs: Inputs, positional: Any, shapes: Any) -> 
         dynamic = positional if positional is not None else _by_name(model, inputs, shapes)
     with torch.enable_grad():
         program = torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=dynamic, strict=False)
-        return program.run_decompositions({})
+        decomposed: ExportedProgram = program.run_decompositions({})
+        return decomposed
 
 
 def _by_name(model: nn.Module, inputs: Inputs, shapes: Any) -> Any:

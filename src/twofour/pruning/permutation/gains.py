@@ -49,6 +49,9 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         count = (depth - 2) // 6
+        self.layer1: nn.Module
+        self.layer2: nn.Module
+        self.layer3: nn.Module
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for number, (before, channels) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
             blocks = [CifarBlock(before if k == 0 else channels, channels, 2 if k == 0 and number > 1 else 1) for k in range(count)]
@@ -108,7 +111,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500)
     """Percent of images classified right."""
     model.eval()
     with torch.no_grad():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True))
+        right = sum(int((model(images[k : k + batch]).argmax(1) == labels[k : k + batch]).sum()) for k in range(0, len(images), batch))
     return 100.0 * right / len(labels)
 
 
@@ -135,8 +138,8 @@ def reestimate(model: nn.Module, images: Tensor, batch: int = 250) -> None:
     for norm in norms:
         norm.train()
     with torch.no_grad():
-        for x in images.split(batch):
-            model(x)
+        for k in range(0, len(images), batch):
+            model(images[k : k + batch])
     model.eval()
 
 

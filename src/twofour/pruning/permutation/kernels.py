@@ -5,6 +5,8 @@ column w in the hole keeps x + max(y, w) of a row. So each column carries `secon
 `base` (the sum of x over rows), and any exchange is judged by sums of max(y, w) alone.
 """
 
+# mypy: disable-error-code="untyped-decorator, assignment"
+
 from typing import Any
 
 import numba

@@ -89,7 +89,7 @@ def default_targets(model: nn.Module, captured: Capture, include: Sequence[str] 
         if node.op == "call_function":
             order += [parameter_of[a.name] for a in node.args if isinstance(a, fx.Node) and a.name in parameter_of]
     execution = Execution(tuple(dict.fromkeys(order)), {}, last_linears(captured.program))
-    return {record.name: 1 for record in examine(model, execution, include, exclude) if record.eligible}
+    return {r.name: 1 for r in examine(model, execution, include, exclude) if r.eligible and r.shape[1] % 4 == 0}
 
 
 def _device(model: nn.Module, device: Any) -> Any:

@@ -41,11 +41,11 @@ class Check:
         return self.error <= self.limit
 
 
-class OneFormat(TorchDispatchMode):
+class OneFormat(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block every floating computation has one format, whatever casts the model asks for, and dropout keeps everything."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

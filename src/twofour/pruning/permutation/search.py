@@ -119,7 +119,7 @@ def search(
         raise InputError(f"columns has shape {list(columns.shape)}, expected [columns, rows] with a multiple of 4 columns to group")
     started = time.monotonic()
     columns = np.ascontiguousarray(columns, np.float32)
-    plan = schedule(*columns.shape, seconds)
+    plan = schedule(columns.shape[0], columns.shape[1], seconds)
     identity = np.arange(columns.shape[0], dtype=np.int64)
     before = magnitude_kept(columns, identity)
     if columns.shape[0] < 8 or columns.shape[1] == 0:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from twofour.pruning.permutation import pieces_images, pieces_tokens
 from twofour.pruning.permutation.analysis import analyse
 from twofour.pruning.permutation.apply import Moves, Reordering, apply_, atom_order, moves_of
 from twofour.pruning.permutation.capture import Inputs, capture, quiet, set_mode
@@ -20,6 +21,8 @@ from twofour.pruning.permutation.proof import LIMIT, difference, redraw, run, te
 from twofour.pruning.permutation.spaces import derive
 
 CHANNELS = 16
+# Importing the pieces enters them into their tables.
+FAMILIES = (pieces_images, pieces_tokens)
 
 
 class Network(nn.Module):
@@ -130,6 +133,7 @@ def shuffle(networks: Sequence[Network], seed: int, *, thorough: bool = True) ->
 def _errors(model: Several, inputs: Inputs, moves: Moves) -> list[float]:
     """Largest relative difference of each network, as it is and redrawn, at two batch sizes."""
     twin = widened(model)
+    assert isinstance(twin, Several)
     double = inputs.map(lambda t: t.double())
     sized = [double, double.resized(3)]
     errors = [0.0] * len(model.networks)
