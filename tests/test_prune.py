@@ -1,5 +1,6 @@
 """Which layers are pruned and why not, what the record says, and that a refusal changes nothing."""
 
+import copy
 import hashlib
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_flops_are_two_per_multiply_add_and_item(zoo_record: Pruning) -> None:
 
 def test_pruned_values_are_plus_zero_and_kept_values_untouched(demo_net: nn.Module, digits: Task) -> None:
     before = {name: p.detach().clone() for name, p in demo_net.named_parameters()}
-    record = twofour.prune(demo_net, digits.example_inputs())
+    record = twofour.prune(demo_net, digits.example_inputs(), permute=False)
     for name, p in demo_net.named_parameters():
         if name in record.masks:
             mask = record.masks[name]
@@ -216,3 +217,34 @@ def test_the_record_survives_json(zoo_record: Pruning) -> None:
     assert str(again) == str(zoo_record)
     with pytest.raises(InputError, match="pruning record is damaged"):
         Pruning.from_json('{"method": "magnitude"}')
+
+
+def test_channels_are_reordered_first_and_the_network_is_the_same(demo_net: nn.Module, digits: Task) -> None:
+    demo_net.eval()
+    images = digits.example_inputs(16)[0]
+    plain = copy.deepcopy(demo_net)
+    without = twofour.prune(plain, digits.example_inputs(), permute=False)
+    dense = copy.deepcopy(demo_net).double()
+    record = twofour.prune(demo_net, digits.example_inputs())
+    assert record.kept_magnitude > without.kept_magnitude + 0.002
+    assert all(layer.permuted.startswith("yes: ") for layer in record.pruned)
+    # The masks belong to the new order: with every dropped value put back by the record, the network computes what it did.
+    from twofour.pruning.permutation import carried
+
+    permutation = carried(demo_net)
+    assert permutation is not None
+    moved = copy.deepcopy(dense)
+    moved.load_state_dict(permutation.to_new(dense.state_dict()))
+    with torch.no_grad():
+        for name, parameter in demo_net.named_parameters():
+            kept = record.masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+            assert torch.equal(parameter[kept], moved.state_dict()[name].float()[kept])
+        assert float((moved(images.double()) - dense(images.double())).abs().max()) < 1e-12
+
+
+def test_a_refusal_after_the_reordering_puts_every_channel_back(demo_net: nn.Module, digits: Task) -> None:
+    before = digest(demo_net)
+    with pytest.raises(InputError, match="calibration holds no batch"):
+        twofour.prune(demo_net, digits.example_inputs(), calibration=[])
+    assert digest(demo_net) == before
+    assert "twofour_permutation" not in vars(demo_net)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from twofour.exchange import export as export
     from twofour.exchange import inspect as inspect
     from twofour.plan import Plan as Plan
+    from twofour.pruning import Permutation as Permutation
     from twofour.pruning import Pruning as Pruning
+    from twofour.pruning import permute as permute
     from twofour.pruning import prune as prune
     from twofour.pruning import prune_files as prune_files
     from twofour.report import measure as measure
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _ROOM_OF = {
     "Checkpoint": "training",
     "Engine": "runtime",
+    "Permutation": "pruning",
     "Plan": "plan",
     "Pruning": "pruning",
     "Recipe": "training",
@@ -39,6 +42,7 @@ _ROOM_OF = {
     "inspect": "exchange",
     "load": "runtime",
     "measure": "report",
+    "permute": "pruning",
     "prune": "pruning",
     "prune_files": "pruning",
     "train": "training",

@@ -19,6 +19,7 @@ from twofour.cli import options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds; files come from the first.")
 @options.method_option
+@options.permute_option
 @options.include_option
 @options.exclude_option
 def command(
@@ -32,6 +33,7 @@ def command(
     seed: int,
     seeds: int,
     method: str,
+    permute: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
 ) -> None:
@@ -59,6 +61,7 @@ def command(
             seed=seed,
             seeds=seeds,
             method=method,
+            permute=permute,
             include=include,
             exclude=exclude,
             overwrite=overwrite,

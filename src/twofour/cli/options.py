@@ -20,6 +20,9 @@ include_option: Decorator = click.option(
 )
 exclude_option: Decorator = click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers dense.")
 method_option: Decorator = click.option("--method", default="magnitude", show_default=True, help="How to choose what is pruned.")
+permute_option: Decorator = click.option(
+    "--permute/--no-permute", default=True, show_default=True, help="Reorder channels first where proven harmless."
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 threads_option: Decorator = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 

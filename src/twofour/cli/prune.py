@@ -13,6 +13,7 @@ from twofour.cli import options
 @options.weights_option
 @click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint (.safetensors), or for DIR a folder.")
 @options.method_option
+@options.permute_option
 @click.option("--pattern", default="2:4", show_default=True, help="2:4, any N:M, or '2:4 transposable'.")
 @options.include_option
 @options.exclude_option
@@ -22,6 +23,7 @@ def command(
     weights: Path | None,
     out: Path,
     method: str,
+    permute: bool,
     pattern: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -35,7 +37,7 @@ def command(
     if Path(what).exists() or what.endswith(".safetensors") or "/" in what:
         _prune_files(Path(what), out, method, pattern, include, exclude)
     else:
-        _prune_model(what, data, weights, out, method, pattern, include, exclude)
+        _prune_model(what, data, weights, out, method, permute, pattern, include, exclude)
 
 
 def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
@@ -67,6 +69,7 @@ def _prune_model(
     weights: Path | None,
     out: Path,
     method: str,
+    permute: bool,
     pattern: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -87,7 +90,7 @@ def _prune_model(
     module = resolve_model(name).make(task.num_classes)
     load_weights(module, weights)
     told = [f"dense {evaluate(module, task):.2f}"]
-    record = prune(module, task.example_inputs(), method=method, pattern=pattern, include=include, exclude=exclude)
+    record = prune(module, task.example_inputs(), method=method, permute=permute, pattern=pattern, include=include, exclude=exclude)
     metric = evaluate(module, task)
     told.append(f"one-shot {record.pattern} {metric:.2f}")
     if tracked_norms(module):

@@ -45,6 +45,7 @@ class Settings:
     seed: int = 0
     seeds: int = 1
     method: str = "magnitude"
+    permute: bool | float = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     measure_seconds: float = 2.0
@@ -115,6 +116,7 @@ def compress(
     seed: int = 0,
     seeds: int = 1,
     method: str = "magnitude",
+    permute: bool | float = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     measure_seconds: float = 2.0,
@@ -132,6 +134,7 @@ def compress(
         weights: the dense network's weights; None trains them by the recipe.
         recipe: a Recipe, a shipped recipe's name or a TOML file; None takes the recipe named like the data.
         epochs: replaces the recipe's number of epochs.
+        permute: reorder channels before pruning, as in `prune`.
         seed, seeds: the runs use seed, seed + 1, …, seed + seeds − 1.
 
     Raises:
@@ -163,6 +166,7 @@ def compress(
         seed,
         seeds,
         method,
+        permute,
         tuple(include),
         tuple(exclude),
         measure_seconds,
@@ -306,7 +310,14 @@ def _train_seed(settings: Settings, task: Task, stages: Stages, seed: int) -> Se
         dense = run("dense", model)
     teacher = copy.deepcopy(model) if recipe.distillation.weight else None
     control = copy.deepcopy(model)
-    pruning = prune(model, task.example_inputs(), method=settings.method, include=settings.include, exclude=settings.exclude)
+    pruning = prune(
+        model,
+        task.example_inputs(),
+        method=settings.method,
+        permute=settings.permute,
+        include=settings.include,
+        exclude=settings.exclude,
+    )
     one_shot = evaluate(model, task)
     reestimated = None
     if tracked_norms(model):

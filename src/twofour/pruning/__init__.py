@@ -3,6 +3,7 @@
 from twofour.pruning.apply import eligible_names, prune
 from twofour.pruning.calibration import reestimate_batchnorm
 from twofour.pruning.files import prune_files
+from twofour.pruning.permutation import Permutation, permute
 from twofour.pruning.record import LayerRecord, Pruning
 
-__all__ = ["LayerRecord", "Pruning", "eligible_names", "prune", "prune_files", "reestimate_batchnorm"]
+__all__ = ["LayerRecord", "Permutation", "Pruning", "eligible_names", "permute", "prune", "prune_files", "reestimate_batchnorm"]

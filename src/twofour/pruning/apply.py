@@ -14,6 +14,8 @@ from twofour.pruning.calibration import reestimate_batchnorm, tracked_norms
 from twofour.pruning.capture import execute
 from twofour.pruning.eligibility import examine
 from twofour.pruning.magnitude import pattern_mask
+from twofour.pruning.permutation import Permutation, carried, undo
+from twofour.pruning.permutation import permute as permute_channels
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero, is_sharded
 
@@ -25,6 +27,7 @@ def prune(
     example_inputs: tuple[Any, ...],
     *,
     method: str = "magnitude",
+    permute: bool | float = True,
     pattern: str | Pattern = "2:4",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -36,6 +39,8 @@ def prune(
 
     Args:
         example_inputs: positional arguments for one call of the model, first axis the batch.
+        permute: reorder channels first where that is proven harmless (see `permute`); a number is the search's budget in seconds. Only
+            for the pattern 2:4.
         pattern: "2:4", any "N:M", or "2:4 transposable". Only 2:4 patterns run on Sparse Tensor Cores.
         include: globs of layers to prune although the default leaves them dense (first convolution, classifier).
         exclude: globs of layers to leave dense.
@@ -51,19 +56,44 @@ def prune(
     pattern = Pattern.parse(pattern)
     parameters = dict(model.named_parameters())
     records, notes = survey(model, example_inputs, pattern=pattern, include=include, exclude=exclude)
-    masks: dict[str, Tensor] = {}
-    layers = []
     for record in records:
-        if record.eligible:
-            weight = parameters[record.name].detach()
-            if not is_finite(weight):
-                raise InputError(f"weight {record.name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
-            mask = METHODS[method](weight, pattern)
-            record = replace(record, kept_magnitude=kept_magnitude(weight, mask))
-            masks[record.name] = mask
-        layers.append(record)
-    _write(model, parameters, masks, calibration, len(example_inputs), notes)
+        if record.eligible and not is_finite(parameters[record.name].detach()):
+            raise InputError(f"weight {record.name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
+    permutation, earlier = None, carried(model)
+    if permute is not False and str(pattern) == "2:4":
+        targets = {record.name: 1 for record in records if record.eligible}
+        permutation = permute_channels(model, example_inputs, targets=targets, seconds=None if permute is True else float(permute))
+        notes += [f"permutation: {note}" for note in (permutation.reason, *permutation.notes) if note]
+    try:
+        masks: dict[str, Tensor] = {}
+        layers = []
+        for record in records:
+            if record.eligible:
+                weight = parameters[record.name].detach()
+                mask = METHODS[method](weight, pattern)
+                record = replace(record, kept_magnitude=kept_magnitude(weight, mask), permuted=told(permutation, record.name))
+                masks[record.name] = mask
+            layers.append(record)
+        _write(model, parameters, masks, calibration, len(example_inputs), notes)
+    except BaseException:
+        if permutation is not None:
+            undo(model, permutation, earlier)
+        raise
     return Pruning(method, tuple(layers), masks, tuple(notes), str(pattern))
+
+
+def told(permutation: Permutation | None, name: str) -> str:
+    """Return the record's sentence about one weight: yes with what it gained, or why not."""
+    if permutation is None:
+        return ""
+    if permutation.reason:
+        return f"no: {permutation.reason}"
+    layer = next((layer for layer in permutation.layers if layer.name == name), None)
+    if layer is None:
+        return "no: not reached by the analysis"
+    if layer.moved_share:
+        return f"yes: {100 * layer.kept_before:.1f} → {100 * layer.kept_after:.1f} % kept"
+    return f"no: {layer.reason or 'no better order was found'}"
 
 
 def survey(

@@ -1,6 +1,7 @@
 """The model as a graph and as it ran: which weight comes first, which linear stands last before each output, FLOPs of each layer."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,7 +126,9 @@ def execute(model: nn.Module, example_inputs: tuple[Any, ...], capture: Callable
     """
     order, flops = run_once(model, example_inputs)
     try:
-        with in_eval_mode(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+            # torch.export warns about its own internals; what matters here is raised.
+            warnings.simplefilter("ignore")
             classifiers = last_linears(capture(model, example_inputs, strict=False))
         note = ""
     except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; each means the same here: no graph

@@ -221,6 +221,18 @@ def carry(model: nn.Module, permutation: Permutation) -> None:
     model.__dict__[ATTRIBUTE] = permutation if earlier is None else earlier.then(permutation)
 
 
+def undo(model: nn.Module, permutation: Permutation, earlier: Permutation | None) -> None:
+    """Put the channels of `model` back as they were before `permutation`, its latest one; it then carries `earlier` again."""
+    with torch.no_grad():
+        old = permutation.to_old({name: tensor.detach().clone() for name, tensor in tensors_of(model).items()})
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(old[name])
+    if earlier is None:
+        model.__dict__.pop(ATTRIBUTE, None)
+    else:
+        model.__dict__[ATTRIBUTE] = earlier
+
+
 def names_and_shapes(model: nn.Module, moves: Moves) -> tuple[dict[str, str], dict[str, list[int]]]:
     """Every name of the moved tensors -> their first name, and their shapes."""
     tensors = tensors_of(model)
