@@ -36,7 +36,7 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pruned() -> tuple[nn.Module, Pruning]:
     model = network()
-    return model, prune(model, (batch(0, 0)[0],))
+    return model, prune(model, (batch(0, 0)[0],), permute=False)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -115,7 +115,7 @@ def fsdp2_resumed_with_derived_masks(folder: Path) -> dict[str, Any]:
         train(model, optimizer, range(3, 5))
     state = full_state(model)
     try:
-        prune(model, (batch(0, 0)[0],))
+        prune(model, (batch(0, 0)[0],), permute=False)
         message = ""
     except InputError as error:
         message = str(error)

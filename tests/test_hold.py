@@ -130,7 +130,7 @@ def _ddp_worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    record = twofour.prune(net, (torch.ones(2, 16),))
+    record = twofour.prune(net, (torch.ones(2, 16),), permute=False)
     ddp = nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(ddp.parameters(), 1e-2)
     twofour.hold(ddp, optimizer)

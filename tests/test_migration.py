@@ -26,7 +26,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tenso
 
 def pruned_trained_and_held(model: nn.Module, inputs: torch.Tensor = INPUTS) -> twofour.Pruning:
     """Prune, train three steps, and find every mask held."""
-    pruning = twofour.prune(model, (inputs,))
+    pruning = twofour.prune(model, (inputs,), permute=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     before = {name: model.get_parameter(name).detach().clone() for name in pruning.masks}
     with twofour.hold(model, optimizer, pruning):
@@ -95,7 +95,7 @@ def test_nothing_is_added_to_the_model_or_replaced() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     keys, classes, own_step = list(model.state_dict()), [type(m) for m in model.modules()], torch.optim.AdamW.step
     optimizer = torch.optim.AdamW(model.parameters())
-    twofour.prune(model, (INPUTS,))
+    twofour.prune(model, (INPUTS,), permute=False)
     twofour.hold(model, optimizer)
     assert list(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == classes
@@ -117,14 +117,14 @@ def test_the_mask_of_torch_ao_is_ours_on_matrices() -> None:
         sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
         sparsifier.step()
         sparsifier.squash_mask()
-    twofour.prune(ours, (INPUTS,))
+    twofour.prune(ours, (INPUTS,), permute=False)
     assert torch.equal(model[0].weight, ours[0].weight)
 
 
 def test_asp_2d_best_is_transposable() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
-    twofour.prune(model, (INPUTS,), pattern="2:4 transposable")
+    twofour.prune(model, (INPUTS,), pattern="2:4 transposable", permute=False)
     weight = model[0].weight.detach()
     assert count_groups(weight.numpy()).is_24
     assert count_groups(weight.t().contiguous().numpy()).is_24

@@ -65,7 +65,7 @@ def test_lightning_holds_from_the_first_step_to_the_last(lightning: Any, tmp_pat
     from twofour.training.lightning import HoldMasks
 
     model = network()
-    pruning = prune(model, (INPUTS,))
+    pruning = prune(model, (INPUTS,), permute=False)
     before = model[2].weight.detach().clone()
     callback = HoldMasks(pruning, module="inner")
     trainer = fit(lightning, model, [callback], tmp_path, accumulate_grad_batches=2, gradient_clip_val=1.0)
@@ -74,7 +74,7 @@ def test_lightning_holds_from_the_first_step_to_the_last(lightning: Any, tmp_pat
     assert not torch.equal(before, model[2].weight.detach())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks  # let go
     other = network()
-    prune(other, (INPUTS,))
+    prune(other, (INPUTS,), permute=False)
     fit(lightning, other, [HoldMasks()], tmp_path)  # masks derived, of the LightningModule itself
     assert set(derive_masks(other)) == set(pruning.masks)
 
@@ -86,7 +86,7 @@ def test_lightning_finds_an_average_begun_before_pruning(lightning: Any, tmp_pat
     model = network()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     average.update_parameters(model)
-    prune(model, (INPUTS,))
+    prune(model, (INPUTS,), permute=False)
 
     class SwapIn(lightning.Callback):  # type: ignore[misc, name-defined]
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -98,7 +98,7 @@ def test_lightning_finds_an_average_begun_before_pruning(lightning: Any, tmp_pat
     model = network()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     average.update_parameters(model)
-    prune(model, (INPUTS,))
+    prune(model, (INPUTS,), permute=False)
     fit(lightning, model, [SwapIn(), HoldMasks(module="inner", ema=average)], tmp_path)
     assert derive_masks(model)
 
@@ -108,7 +108,7 @@ def test_lightning_refuses_a_module_no_optimizer_trains_and_lets_go_on_errors(li
     from twofour.training.lightning import HoldMasks
 
     model = network()
-    prune(model, (INPUTS,))
+    prune(model, (INPUTS,), permute=False)
     model[0].weight.requires_grad_(False)
     with pytest.raises(InputError, match=r"HoldMasks: no optimizer of the fit trains the module 'inner\.1', expected at least one"):
         fit(lightning, model, [HoldMasks(module="inner.1")], tmp_path)
@@ -158,7 +158,7 @@ def test_hugging_face_trainer_holds_saves_and_resumes(tmp_path: Path) -> None:
         return Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
 
     model = BertForSequenceClassification(config)
-    pruning = prune(model, (tokens[:2],))
+    pruning = prune(model, (tokens[:2],), permute=False)
     assert {name.split(".")[-2] for name in pruning.masks} >= {"query", "key", "value", "dense"}
     before = {name: model.get_parameter(name).detach().clone() for name in pruning.masks}
     trainer_of(model, 2, HoldMasks(pruning)).train()

@@ -30,7 +30,7 @@ def assert_held(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_fused_steps_with_a_scaler_of_a_model_moved_after_pruning(channels_last: bool) -> None:
     model = network()
-    pruning = prune(model, (images(),))  # masks on the CPU
+    pruning = prune(model, (images(),), permute=False)  # masks on the CPU
     model.to("cuda", memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     scaler = torch.amp.GradScaler("cuda")
@@ -51,7 +51,7 @@ def test_fused_steps_with_a_scaler_of_a_model_moved_after_pruning(channels_last:
 def test_pruning_on_the_gpu_equals_pruning_on_the_cpu() -> None:
     on_cpu, on_gpu = network(), network().cuda()
     batches = [images(), 2 * images()]
-    first, second = prune(on_cpu, (images(),)), prune(on_gpu, (images().cuda(),))
+    first, second = prune(on_cpu, (images(),), permute=False), prune(on_gpu, (images().cuda(),), permute=False)
     for name, mask in first.masks.items():
         assert torch.equal(mask, second.masks[name].cpu())
         assert torch.equal(on_cpu.get_parameter(name), on_gpu.get_parameter(name).cpu())
@@ -64,7 +64,7 @@ def test_pruning_on_the_gpu_equals_pruning_on_the_cpu() -> None:
 def test_a_step_in_a_cuda_graph_replays_the_masking() -> None:
     model = network().cuda()
     model[1].eval()
-    pruning = prune(model, (images().cuda(),))
+    pruning = prune(model, (images().cuda(),), permute=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = images().cuda()
     with hold(model, optimizer, pruning):

@@ -41,7 +41,7 @@ def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
 
 def pruned_network(seed: int = 0) -> tuple[nn.Module, Any]:
     model = network(seed)
-    return model, prune(model, (batch(0)[0],))
+    return model, prune(model, (batch(0)[0],), permute=False)
 
 
 def assert_held(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
@@ -116,7 +116,7 @@ def test_weights_of_another_optimizer_are_named(caplog: pytest.LogCaptureFixture
 def test_a_model_pruned_in_its_wrapping_is_held_in_it() -> None:
     model = network()
     compiled = torch.compile(model, backend="aot_eager")
-    pruning = prune(compiled, (batch(0)[0],))
+    pruning = prune(compiled, (batch(0)[0],), permute=False)
     assert set(pruning.masks) == {"_orig_mod.0.weight", "_orig_mod.3.weight"}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with hold(compiled, optimizer, pruning):
@@ -128,7 +128,7 @@ def test_lbfgs_stays_among_the_kept_weights_and_finds_their_least_squares() -> N
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Identity()).double()
     inputs, targets = torch.randn(64, 8, dtype=torch.float64), torch.randn(64, 4, dtype=torch.float64)
-    mask = prune(model, (inputs,), include=["0"]).masks["0.weight"]
+    mask = prune(model, (inputs,), include=["0"], permute=False).masks["0.weight"]
     optimizer = torch.optim.LBFGS(
         model.parameters(), lr=1, max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
     )
@@ -222,7 +222,7 @@ def test_an_average_begun_before_pruning_is_masked_when_given() -> None:
     model = network()
     averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)), copy.deepcopy(model)]
     averages[0].update_parameters(model)
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with hold(model, optimizer, pruning, ema=averages):
         for seed in range(3):
@@ -242,7 +242,7 @@ def test_an_average_begun_before_pruning_and_not_given_is_found_where_it_is_used
     model = network()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     average.update_parameters(model)
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def train_and_swap() -> None:
@@ -370,7 +370,7 @@ def test_training_resumed_in_the_middle_ends_where_the_whole_would(tmp_path: Pat
         return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
     model, optimizer = make()
-    prune(model, (batch(0)[0],))
+    prune(model, (batch(0)[0],), permute=False)
     with hold(model, optimizer):
         steps(model, optimizer, range(3))
         save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -398,7 +398,7 @@ def test_tied_and_shared_weights_are_held_once() -> None:
 
     torch.manual_seed(0)
     model = Tied()
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     assert list(pruning.masks) == ["up.weight"]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with hold(model, optimizer, pruning):
@@ -429,7 +429,7 @@ def test_state_older_than_a_reordering_is_refused_and_can_be_permuted() -> None:
     steps(model, optimizer, range(3))
     older = copy.deepcopy(optimizer.state_dict())
     reorder(model)
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     message = "hold: the optimizer's state of '.*' is older than the reordering of its channels, expected the new order; make the optimizer"
     with pytest.raises(InputError, match=message):
         hold(model, optimizer, pruning, orders=orders_of())
@@ -481,7 +481,7 @@ def test_a_reordering_the_model_carries_is_found() -> None:
     steps(model, optimizer, range(1))
     reorder(model)
     carry(model, Permutation(moves=orders_of()))
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     with pytest.raises(InputError, match="is older than the reordering of its channels"):
         hold(model, optimizer, pruning)
     hold(model, optimizer, pruning, orders={}).remove()
@@ -492,7 +492,7 @@ def test_a_reordering_the_model_carries_is_found() -> None:
 def test_a_new_optimizer_after_a_reordering_is_taken_and_marked() -> None:
     model = network()
     reorder(model)
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with hold(model, optimizer, pruning, orders=orders_of()):
         steps(model, optimizer, range(2))
@@ -512,7 +512,7 @@ def test_holding_costs_at_most_three_percent_of_a_step() -> None:
     # 0.27 million weights in 19 layers of 32×32 images, the size of ResNet-20; the demo network has the same build.
     model = nn.Sequential(nn.Conv2d(3, 1, 1), DemoNet(width=32))
     x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
-    pruning = prune(model, (x[:2],))
+    pruning = prune(model, (x[:2],), permute=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     handle = hold(model, optimizer, pruning)
     whole, held = [], []
@@ -549,7 +549,7 @@ def test_state_from_before_a_real_permutation_is_refused_then_brought_along() ->
     before = optimizer.state[model[2].weight]["momentum_buffer"].clone()
     permutation = permute(model, batch(0)[0], seconds=1.0)
     assert permutation.moves["2.weight"][1] is not None
-    pruning = prune(model, (batch(0)[0],))
+    pruning = prune(model, (batch(0)[0],), permute=False)
     with pytest.raises(InputError, match="is older than the reordering of its channels"):
         hold(model, optimizer, pruning)
     permute_state(model, optimizer, carried_orders(model))
