@@ -9,8 +9,8 @@ from twofour.builder.tactics.gemm import Tactic, modelled, tactics, why_not
 from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
-from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary
-from twofour.timing.gpu import figure, refuse_unstable, sets_for
+from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary, to_do
+from twofour.timing.gpu import MOST_SETTLE_S, PROTOCOL, figure, is_settled, refuse_unstable, sets_for
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -67,13 +67,35 @@ def test_the_standard_shapes_are_the_23_promised() -> None:
 
 def row(tokens: int, digest: str, ours: float) -> dict[str, object]:
     times = {"ours_us": ours, "cusparselt_us": 10.0, "ours_dense_us": 10.0, "cublas_us": 15.0}
-    return {"dtype": "bf16", "tokens": tokens, "sources_digest": digest} | times
+    return {"dtype": "bf16", "tokens": tokens, "sources_digest": digest, "unstable": []} | times
 
 
 def test_rows_of_changed_kernels_are_stale_and_drop_out_of_the_summary() -> None:
-    results = {"rows": [row(2048, sources_digest(), 8.0), row(8192, "of-another-kernel", 1.0)]}
-    assert [r["stale"] for r in current_rows(results)] == [False, True]
+    shaky = row(4096, sources_digest(), 2.0) | {"unstable": ["cusparselt"]}
+    results = {"rows": [row(2048, sources_digest(), 8.0), row(8192, "of-another-kernel", 1.0), shaky]}
+    assert [r["stale"] for r in current_rows(results)] == [False, True, False]
     assert summary(results)["sparse_over_cusparselt_2048"] == pytest.approx(1.25)
+
+
+def test_a_resumed_run_measures_what_is_absent_stale_old_or_unstable() -> None:
+    wanted = {"few": (16, 8, 8), "good": (2048, 8, 8), "stale": (2048, 8, 8), "old": (2048, 8, 8), "unstable": (2048, 8, 8)}
+    good = {"name": "good", "dtype": "bf16", "sources_digest": sources_digest(), "protocol": PROTOCOL, "unstable": []}
+    rows = [
+        good,
+        good | {"name": "stale", "sources_digest": "x"},
+        good | {"name": "old", "protocol": 0},
+        good | {"name": "unstable", "unstable": ["ours"]},
+    ]
+    assert to_do(wanted, ["bf16"], rows) == [("stale", "bf16"), ("old", "bf16"), ("unstable", "bf16"), ("few", "bf16")]
+    assert ("good", "fp16") in to_do(wanted, ["bf16", "fp16"], rows)
+
+
+def test_work_has_settled_when_three_windows_agree_or_time_is_up() -> None:
+    assert not is_settled([10.0, 10.0], 1.0)
+    assert not is_settled([10.0, 10.0, 10.0], 0.1)
+    assert not is_settled([10.0, 10.0, 10.1], 1.0)
+    assert is_settled([12.0, 10.0, 10.0, 10.05], 1.0)
+    assert is_settled([12.0], MOST_SETTLE_S)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/gemm.json")), ids=lambda p: p.parent.name)
@@ -86,3 +108,13 @@ def test_recorded_rows_are_whole(path: Path) -> None:
             assert key in recorded, (recorded["name"], key)
         assert isinstance(recorded["stale"], bool)
         assert recorded["versions"]["ours"] == recorded["sources_digest"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/tests.json")), ids=lambda p: p.parent.name)
+def test_recorded_gpu_tests_name_what_they_tested(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert results["kind"] == "tests"
+    for recorded in results["rows"]:
+        assert recorded["passed"] > 0
+        assert recorded["failed"] == 0
+        assert len(recorded["sources_digest"]) == 16

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from twofour.jit.driver import num_sms
 from twofour.kernels.gemm import contract
 from twofour.kernels.gemm.contract import Problem
 from twofour.kernels.gemm.source import sources_digest
-from twofour.timing.gpu import Figure, Graph, Stopwatch
+from twofour.timing.gpu import PROTOCOL, Figure, Graph, Stopwatch
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
@@ -98,8 +98,7 @@ class _Bench:
         chosen = {c: found for c in CONTENDERS if (found := self.best(c)) is not None}
         graphs = [graph for _, graph in chosen.values()]
         burst = dict(zip(chosen, self.watch.burst(graphs), strict=True))
-        self.watch.keep_busy(graphs[0], 0.5)
-        sustained = dict(zip(chosen, self.watch.sustained(graphs, sample_s=0.12), strict=True))
+        sustained = dict(zip(chosen, self.watch.sustained(graphs), strict=True))
         row: dict[str, Any] = {"tactics": {c: str(p.tactic) for c, (p, _) in chosen.items()}}
         row["versions"] = {c: p.version for c, (p, _) in chosen.items()}
         for contender in CONTENDERS:
@@ -113,6 +112,7 @@ class _Bench:
         row["power_w"] = {c: round(f.power_w) for c, f in sustained.items()}
         row["tflops"] = {c: round(self.problem.flops / f.median_us / 1e6, 1) for c, f in sustained.items()}
         row["joules"] = self._energy(chosen) if with_energy else None
+        row["protocol"] = PROTOCOL
         row["unstable"] = sorted(c for c, f in sustained.items() if not f.is_stable)
         row["notes"] = self.notes
         for graph in graphs:
@@ -183,7 +183,7 @@ def measure_gemm(
     part_s: float = PART_S,
     command: str = "twofour measure gemm",
 ) -> dict[str, Any]:
-    """Measure and return the results, written to `out` row by row; rows that are there with the same kernel sources are kept.
+    """Measure and return the results, written to `out` row by row; stable rows of the same kernels and protocol are kept (`to_do`).
 
     Args:
         shapes: further `tokens x outputs x inputs`, beside the standard ones.
@@ -196,10 +196,7 @@ def measure_gemm(
     import torch
 
     wanted = dict(SHAPES) | dict(parse_shape(text) for text in shapes)
-    results = _load(out)
-    digest = sources_digest()
-    kept = [r for r in results.get("rows", []) if r["sources_digest"] == digest]
-    done = {(r["name"], r["dtype"]) for r in kept}
+    rows = _load(out).get("rows", [])
     watch = Stopwatch()
     results = {
         "schema": SCHEMA,
@@ -207,29 +204,39 @@ def measure_gemm(
         "machine": machine(watch),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "sources_digest": digest,
+        "sources_digest": sources_digest(),
         "complete": False,
-        "rows": kept,
+        "rows": rows,
     }
     begin = time.perf_counter()
-    for dtype in dtypes:
-        # The shapes this family is made for come first; few tokens are another family's work.
-        for name, (tokens, outputs, inputs) in sorted(wanted.items(), key=lambda item: item[1][0] < 512):
-            if (name, dtype) in done:
-                continue
-            if time.perf_counter() - begin > part_s:
-                _save(out, results)
-                return results
-            problem = Problem(tokens, outputs, inputs, dtype=dtype, out_dtype=dtype)
-            head = {"name": name, "tokens": tokens, "out": outputs, "in": inputs, "dtype": dtype, "sources_digest": digest}
-            row = head | _Bench(watch, problem, num_sms(0)).row(energy and problem.flops >= ENERGY_FLOPS)
-            kept.append(row)
+    for name, dtype in to_do(wanted, dtypes, rows):
+        if time.perf_counter() - begin > part_s:
             _save(out, results)
-            logger.info("%s %s: %s", name, dtype, row["tflops"])
-            torch.cuda.empty_cache()
+            return results
+        tokens, outputs, inputs = wanted[name]
+        problem = Problem(tokens, outputs, inputs, dtype=dtype, out_dtype=dtype)
+        head = {"name": name, "tokens": tokens, "out": outputs, "in": inputs, "dtype": dtype, "sources_digest": sources_digest()}
+        row = head | _Bench(watch, problem, num_sms(0)).row(energy and problem.flops >= ENERGY_FLOPS)
+        rows[:] = [r for r in rows if (r["name"], r["dtype"]) != (name, dtype)] + [row]
+        _save(out, results)
+        logger.info("%s %s: %s", name, dtype, row["tflops"])
+        torch.cuda.empty_cache()
     results["complete"] = True
     _save(out, results)
     return results
+
+
+def to_do(wanted: Mapping[str, tuple[int, int, int]], dtypes: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the (name, dtype) still to be measured: absent, of changed kernels, by another protocol, or unstable; few tokens last.
+
+    An old row stays in the file until its new one is there.
+    """
+    digest = sources_digest()
+    good = {
+        (r["name"], r["dtype"]) for r in rows if r["sources_digest"] == digest and r.get("protocol") == PROTOCOL and not r.get("unstable")
+    }
+    ordered = sorted(wanted.items(), key=lambda item: item[1][0] < 512)
+    return [(name, dtype) for dtype in dtypes for name, _ in ordered if (name, dtype) not in good]
 
 
 def current_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -239,12 +246,13 @@ def current_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(results: dict[str, Any], dtype: str = "bf16") -> dict[str, float]:
-    """Return geometric means and worst ratios of times, peer over ours, of the rows of `dtype` that are not stale."""
+    """Return geometric means and worst ratios of times, peer over ours, of the rows of `dtype` that are neither stale nor unstable."""
     rows = [r for r in current_rows(results) if r["dtype"] == dtype and not r["stale"]]
     found: dict[str, float] = {}
 
     def ratios(keep: Any, ours: str, peer: str) -> list[float]:
-        return [r[peer] / r[ours] for r in rows if keep(r) and r[ours] and r[peer]]
+        pair = {ours.removesuffix("_us"), peer.removesuffix("_us")}
+        return [r[peer] / r[ours] for r in rows if keep(r) and r[ours] and r[peer] and not pair & set(r["unstable"])]
 
     groups = {
         "sparse_over_cusparselt_2048": ratios(lambda r: r["tokens"] >= 2048, "ours_us", "cusparselt_us"),

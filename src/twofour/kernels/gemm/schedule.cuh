@@ -26,8 +26,9 @@ struct Place {
     }
 };
 
-// NOTE: a split tile belongs to the block that holds its first k block. That piece is the last of its block's share, while the other pieces
-// are the first of theirs, so a partial sum is written about when its reader starts and nobody waits for a block that waits itself.
+// NOTE: a split tile belongs to the block that holds its first k block; that piece is the last of its block's share, the other pieces are the
+// first of theirs, so nobody waits for a block that waits itself. Blocks start in order of their index, so of a launch that shares the GPU
+// with others only the last started reader can be waiting for a block that has not started.
 class WorkList {
    public:
     __device__ __forceinline__ explicit WorkList(const GemmParams& p) : whole_(blockIdx.x), position_(share_begin(p, blockIdx.x)) {}
