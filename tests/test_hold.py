@@ -1,12 +1,9 @@
 """Held weights stay exactly +0 through any loop: optimizers, scaler, accumulation, processes."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import twofour
@@ -121,29 +118,3 @@ def test_masks_of_another_model_are_refused(pruned_net: tuple[nn.Module, Pruning
     other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(InputError, match=r"mask 'stages.0.conv1.weight' belongs to no parameter"):
         twofour.hold(other, torch.optim.SGD(other.parameters(), 0.1), pruned_net[1])
-
-
-def _ddp_worker(rank: int, world: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    record = twofour.prune(net, (torch.ones(2, 16),), permute=False)
-    ddp = nn.parallel.DistributedDataParallel(net)
-    optimizer = torch.optim.AdamW(ddp.parameters(), 1e-2)
-    twofour.hold(ddp, optimizer)
-    for i in range(3):
-        optimizer.zero_grad()
-        ddp(torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * rank + i))).square().mean().backward()
-        optimizer.step()
-        assert_held(net, record.masks)
-    torch.save({n: p.detach() for n, p in net.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_ddp_with_two_processes_holds_and_agrees(tmp_path: Path) -> None:
-    mp.spawn(_ddp_worker, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -174,3 +174,12 @@ def test_weights_of_another_shape_name_the_first_difference(tmp_path: Path) -> N
     torch.save({"state_dict": {"module.weight": torch.ones(4, 4), "module.bias": torch.zeros(4)}}, tmp_path / "w.pt")
     load_weights(model, tmp_path / "w.pt")
     assert bool((model.weight == 1).all())
+
+
+def test_a_checkpoint_without_batch_counts_is_read(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(3)
+    state = {name: torch.full_like(value, 2.0) for name, value in model.state_dict().items() if name != "num_batches_tracked"}
+    torch.save(state, tmp_path / "old.pt")
+    load_weights(model, tmp_path / "old.pt")
+    assert model.running_mean is not None
+    assert model.running_mean.tolist() == [2.0] * 3

@@ -53,6 +53,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state, own = read_state(path), model.state_dict()
+    # Checkpoints older than torch 0.4.1 do not count batches; nothing but a momentum of None reads the count.
+    state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or surplus:
         raise InputError(

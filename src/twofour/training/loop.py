@@ -85,6 +85,8 @@ def train(
     torch.set_num_threads(recipe.cpu_threads or threads)
     try:
         history = _epochs(model, data, recipe, optimizer, teacher, progress)
+        if held is not None:
+            held.check()
     finally:
         torch.set_num_threads(threads)
         if held is not None:
