@@ -122,8 +122,14 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
         (["prune", "demo", "--out", "x.safetensors"], r"prune: no data given, expected --data NAME; or give a folder of safetensors"),
         (["prune", "no/such", "--out", "x"], r"no/such"),
         (["prune", "a.safetensors", "--out", "x", "--method", "wanda"], r"method 'wanda' needs the network, expected magnitude for files"),
+        (["train", "demo", "--data", "digits", "--out", "x.txt"], r"--out 'x.txt' does not end with .safetensors"),
+        (["inspect", "x" * 300 + ".onnx"], r"cannot be read: File name too long"),
+        (["build", "/tmp", "-o", "x.plan"], r"ONNX file '/tmp' is a folder"),
         (["export", "demo", "--data", "digits", "--out", "x.onnx"], r"export: no weights given"),
-        (["train", "demo", "--data", "digits", "--out", "no/such/x.safetensors"], r"folder '.*no/such' of --out does not exist"),
+        (
+            ["train", "demo", "--data", "digits", "--out", "no/such/x.safetensors"],
+            r"--out 'no/such/x.safetensors' is a folder or lies in none",
+        ),
         (["build", "none.onnx", "-o", "x.plan"], r"ONNX file 'none.onnx' does not exist"),
         (["build", "none.onnx", "-o", "x.plan", "--batch", "1,x"], r"--batch '1,x' is no list of sizes"),
         (["run", "none.plan", "--input", "x.npy", "--output", "y.npz"], r"plan 'none.plan' does not exist"),
@@ -174,3 +180,59 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_terminal_without_colour_gets_plain_text(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "twofour", "doctor"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "\x1b" not in done.stdout
+
+
+def test_names_are_not_markup_and_paths_are_not_wrapped(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    folder = Path("a [red]b[/b]")
+    folder.mkdir()
+    path = folder / "s.onnx"
+    path.write_bytes((short_run.out / "sparse.onnx").read_bytes())
+    assert str(path) in run("inspect", path).out
+    assert str(path) in run("measure", path, "--batch", "1", "--seconds", "0.1", "--no-memory").out.replace("\n", "")
+
+
+def test_an_input_is_never_overwritten(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    Path("m.onnx").write_bytes((short_run.out / "sparse.onnx").read_bytes())
+    Path("d.safetensors").write_bytes((short_run.out / "dense.safetensors").read_bytes())
+    for args in (
+        ("build", "m.onnx", "-o", "m.onnx"),
+        ("prune", "demo", "--data", "digits", "--weights", "d.safetensors", "--out", "d.safetensors"),
+        ("train", "demo", "--data", "digits", "--weights", "d.safetensors", "--out", "d.safetensors"),
+    ):
+        assert "is the input, expected another name; nothing is overwritten" in run(*args).err
+
+
+def test_a_known_model_wins_over_a_folder_of_its_name(run) -> None:  # type: ignore[no-untyped-def]
+    Path("demo").mkdir()
+    assert "prune: no data given" in run("prune", "demo", "--out", "x.safetensors").err
+    assert "names files, expected a model for --data" in run("prune", "./demo", "--data", "digits", "--out", "x").err
+    assert "is made a folder, expected a folder's name" in run("prune", "./demo", "--out", "x.safetensors").err
+
+
+def test_retraining_holds_any_recorded_pattern(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    from twofour.training import Checkpoint
+
+    weights = short_run.out / "dense.safetensors"
+    run("prune", "demo", "--data", "digits", "--weights", weights, "--pattern", "1:4", "--no-permute", "--out", "p.safetensors")
+    said = run("train", "demo", "--data", "digits", "--weights", "p.safetensors", "--epochs", "1", "--out", "t.safetensors").out
+    assert "Checkpoint(demo, 1:4, accuracy" in said
+    kept = Checkpoint.load("t.safetensors").state["stages.0.conv1.weight"] != 0
+    assert float(kept.float().mean()) <= 0.25
+
+
+def test_out_of_memory_and_the_system_are_one_sentence() -> None:
+    from twofour.cli.group import sentence_of
+
+    assert sentence_of(MemoryError()) == "out of memory; use a smaller batch or file"
+    assert "out of memory (Unable to allocate" in sentence_of(MemoryError("Unable to allocate 3 TiB"))
+    assert (
+        sentence_of(PermissionError(13, "Permission denied", "x"))
+        == "file 'x': Permission denied; check the path, its permissions and the disk"
+    )
+    assert sentence_of(OSError("odd")) == "the system refused: odd"
+
+
+def test_a_header_that_claims_more_than_the_file_holds_is_refused(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
+    with Path("x.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**11, 1, 8, 8)})
+    assert "no .npy or .npz of plain arrays" in run("run", short_run.out / "model.plan", "--input", "x.npy", "--output", "y.npz").err

@@ -177,7 +177,7 @@ def test_safetensors_are_inspected_with_and_without_a_record(pruned_net: tuple[n
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.onnx", None, "does not exist"),
+        ("none.onnx", None, "inspect: file .* does not exist"),
         ("empty.onnx", b"", "holds no ONNX graph"),
         ("junk.onnx", b"\xff" * 40, "is not a readable ONNX file"),
         ("junk.safetensors", b"\xff" * 40, "is not a readable safetensors file"),
@@ -189,3 +189,61 @@ def test_unreadable_files_get_one_sentence(tmp_path: Path, name: str, content: b
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         twofour.inspect(tmp_path / name)
+
+
+def test_an_output_that_is_not_finite_is_never_verified(
+    pruned_net: tuple[nn.Module, Pruning], digits: Task, tmp_path: Path, sparse_onnx: Path
+) -> None:
+    from twofour.exchange.export import compare
+
+    model, _ = pruned_net
+    broken = onnx.load(sparse_onnx)
+    bias = next(i for i in broken.graph.initializer if i.name == "classifier.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    error, tolerance = compare(tmp_path / "broken.onnx", model, digits.example_inputs())
+    assert not error <= tolerance
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")  # type: ignore[union-attr, index, operator]
+    with pytest.raises(VerificationError, match="the module's outputs are not finite"):
+        twofour.export(model, digits.example_inputs(), tmp_path / "nan.onnx")
+    assert not (tmp_path / "nan.onnx").exists()
+
+
+def external_model(folder: Path, location: str) -> Path:
+    """A model whose one weight lies in the file `location`, as the model says."""
+    model = graph_with([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": sparse((16, 16), 0)}, {"x": [4, 16]})
+    onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    loaded = onnx.load(folder / "m.onnx", load_external_data=False)
+    next(e for e in loaded.graph.initializer[0].external_data if e.key == "location").value = location
+    (folder / "m.onnx").write_bytes(loaded.SerializeToString())
+    return folder / "m.onnx"
+
+
+def test_external_data_beside_the_model_is_read(tmp_path: Path) -> None:
+    assert twofour.inspect(external_model(tmp_path, "w.bin")).is_24
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "link/secret.bin"])
+def test_external_data_outside_the_models_folder_is_never_read(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret.bin").write_bytes(b"s" * 4096)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"tensor 'w' lies in .*, expected a file in the model's own folder"):
+        twofour.build(external_model(folder, location))
+
+
+def test_external_data_that_is_missing_or_short_is_one_sentence(tmp_path: Path) -> None:
+    path = external_model(tmp_path, "w.bin")
+    (tmp_path / "w.bin").write_bytes(b"short")
+    with pytest.raises(InputError, match="is not a readable ONNX file"):
+        twofour.inspect(path)
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(InputError, match=r"external data of .*w.bin' does not exist"):
+        twofour.inspect(path)
+
+
+def test_export_wants_the_onnx_suffix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"m.bin' does not end with .onnx; name it '.*m.onnx'"):
+        twofour.export(nn.Linear(4, 4), (torch.ones(2, 4),), tmp_path / "m.bin")

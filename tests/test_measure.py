@@ -40,3 +40,10 @@ def test_a_failing_child_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.plan").write_bytes(b"junk")
     with pytest.raises(TwofourError, match=r"measuring the memory of bad.plan failed: .*damaged"):
         measure_peak_bytes(tmp_path / "bad.plan", 1)
+
+
+def test_the_child_runs_nothing_from_the_current_folder(sparse_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twofour.build(sparse_onnx).save(tmp_path / "m.plan")
+    (tmp_path / "random.py").write_text("raise SystemExit('run from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert measure_peak_bytes(tmp_path / "m.plan", 1) > 0

@@ -67,6 +67,8 @@ def rewritten(plan_file: Path, folder: Path, change: Any) -> Path:
         (lambda h: h["inputs"][0].update(shape=[None, -3]), "its description cannot be read"),
         (lambda h: h["inputs"][0].update(dtype="object_"), "its description cannot be read"),
         (lambda h: [1], "its description cannot be read"),
+        (lambda h: h.update(device="moon"), r"asks for the device 'moon', this version has \['cpu'\]"),
+        (lambda h: h.update(precision="fp3"), r"asks for the precision 'fp3'"),
         (lambda h: h.update(batches=[True]), "its description cannot be read"),
     ],
 )
@@ -211,3 +213,34 @@ def test_a_fixed_batch_and_a_dynamic_inner_axis(tmp_path: Path) -> None:
         fixed(np.zeros((1, 3), np.float32))
     with pytest.raises(UnsupportedError, match=r"input 'x' has the dynamic axis 1 \(width\); only the batch"):
         twofour.build(model(["batch", "width"]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda h: h["inputs"][0].update(name="z"), lambda h: h["outputs"][0].update(shape=[None, 9]), lambda h: h.update(inputs=[])]
+)
+def test_a_plan_that_describes_another_model_than_it_holds_is_refused(plan_file: Path, tmp_path: Path, change: Any) -> None:
+    with pytest.raises(PlanFormatError, match=r"it describes the (in|out)puts .*, the model inside has .*; build it again"):
+        twofour.load(rewritten(plan_file, tmp_path, change))
+
+
+def test_a_model_that_onnx_runtime_refuses_is_not_built(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], domain="foo.bar")], "g", info[:1], info[1:])
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("foo.bar", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=10), tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedError, match=r"ONNX Runtime refuses '.*m.onnx'"):
+        twofour.build(tmp_path / "m.onnx")
+
+
+def test_a_fixed_batch_is_never_measured_as_another(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", info[:1], info[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="batch 32 was asked for, the plan takes batches of 1 only"):
+        twofour.measure(tmp_path / "m.onnx", batch=[32], seconds=0.05, memory=False)

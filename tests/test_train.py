@@ -27,6 +27,7 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[optimizer]\nname = 'sgd'\nmomentum = 0.0\nnesterov = true", "nesterov needs a momentum above 0"),
         ("epoch = 3", r"recipe 'r.toml': unknown key 'epoch', expected one of .*did you mean 'epochs'\?"),
         ("[optimizer]\nlearning_rate = 0.1", r"unknown key 'optimizer.learning_rate'"),
         ("[optimizer]\nwieght_decay = 0.1", r"did you mean 'weight_decay'\?"),
@@ -191,3 +192,35 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"cannot be written: its folder does not exist"):
         checkpoint.save(tmp_path / "missing" / "c.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_masks_are_held_as_given_and_an_empty_mapping_trains_every_weight() -> None:
+    model, task = tiny_net(), tiny_task()
+    record = twofour.prune(model, task.example_inputs(), pattern="1:4", permute=False)
+    held = twofour.train(model, task, QUICK, masks=record.masks)
+    name = record.pruned[0].name
+    assert float((held.state[name] != 0).float().mean()) <= 0.25
+    free = twofour.train(model, task, QUICK, masks={})
+    assert float((free.state[name] != 0).float().mean()) > 0.9
+
+
+def test_masks_of_a_record_are_those_of_the_weights() -> None:
+    from twofour.training import recorded_masks
+
+    for pattern in ("2:4", "4:8", "1:4"):
+        model = tiny_net()
+        record = twofour.prune(model, tiny_task().example_inputs(), pattern=pattern, permute=False)
+        masks = recorded_masks(model, Pruning.from_json(record.to_json()))
+        assert all(torch.equal(masks[name], mask) for name, mask in record.masks.items())
+    dense = tiny_net()
+    record = twofour.prune(tiny_net(), tiny_task().example_inputs(), permute=False)
+    with pytest.raises(InputError, match="is recorded as 2:4 and is not"):
+        recorded_masks(dense, record)
+    with pytest.raises(InputError, match="which is no parameter of the model"):
+        recorded_masks(nn.Linear(4, 4), record)
+
+
+def test_a_recipe_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="is no UTF-8 text; expected a TOML file"):
+        load_recipe(str(tmp_path / "r.toml"))

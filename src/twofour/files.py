@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,10 +26,12 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         InputError: the folder does not exist, is not writable, or the disk is full.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"file {str(path)!r} cannot be written: its folder does not exist; make it first")
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"file {str(path)!r} cannot be written: its folder does not exist; make it first")
+        if path.is_dir():
+            raise InputError(f"file {str(path)!r} cannot be written: it is a folder; name a file")
         yield aside
         aside.chmod(0o666 & ~_umask())
         os.replace(aside, path)
@@ -37,7 +39,8 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"file {str(path)!r} cannot be written: {reason}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -48,3 +51,41 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """Return `path` if it is a file that this process may look at; `what` names it in the error.
+
+    Raises:
+        InputError: it is missing, a folder, or out of reach (permissions, a name too long).
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{what} {str(path)!r} is a folder, expected a file")
+        if not path.is_file():
+            raise InputError(f"{what} {str(path)!r} does not exist")
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
+    return path
+
+
+def refuse_same(out: str | Path, *inputs: str | Path | None) -> None:
+    """Do nothing unless `out` is one of `inputs`.
+
+    Raises:
+        InputError: writing `out` would destroy an input.
+    """
+    for path in inputs:
+        if path is not None and Path(out).exists() and Path(path).exists() and os.path.samefile(out, path):
+            raise InputError(f"output {str(out)!r} is the input, expected another name; nothing is overwritten")
+
+
+def require_suffix(path: str | Path, suffix: str, option: str) -> None:
+    """Do nothing if `path` ends with `suffix`.
+
+    Raises:
+        InputError: it does not, so other commands would not know what it holds.
+    """
+    if Path(path).suffix != suffix:
+        raise InputError(f"{option} {str(path)!r} does not end with {suffix}; name it {str(Path(path).with_suffix(suffix))!r}")

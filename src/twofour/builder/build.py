@@ -12,11 +12,8 @@ import onnx_ir as ir
 from twofour.errors import InputError, UnsupportedError, nearest
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan, ValueSpec
+from twofour.plan.record import DEVICES, PRECISIONS, SPARSITY
 from twofour.version import __version__
-
-SPARSITY = ("auto", "off", "force")
-PRECISIONS = ("fp32", "fp16", "bf16")
-DEVICES = ("cpu",)
 
 
 def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
@@ -45,6 +42,24 @@ def spec_of(value: ir.Value, where: str) -> ValueSpec:
                 f"build: {where} {value.name!r} has the dynamic axis {axis} ({size}); only the batch (axis 0) may be dynamic"
             )
     return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))
+
+
+def refuse_unrunnable(data: bytes, path: Path) -> None:
+    """Do nothing if ONNX Runtime takes the model.
+
+    Raises:
+        UnsupportedError: it does not; the message holds its first line.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ONNX Runtime raises its own kinds for a bad model; they share no public base.
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {first_line}") from error
 
 
 def build(
@@ -83,10 +98,11 @@ def build(
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
     data = ir.to_proto(model).SerializeToString()
+    refuse_unrunnable(data, path)
     about: dict[str, Any] = {
         "twofour": __version__,
         "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "source_sha256": hashlib.sha256(data).hexdigest(),
+        "model_sha256": hashlib.sha256(data).hexdigest(),
         "sparse_kernels": False,
         "why_no_sparse_kernels": "ONNX Runtime has no 2:4 kernel on a CPU; the zeros are multiplied like any other value",
         "eligible_weights": sum(w.eligible for w in inspection.weights),

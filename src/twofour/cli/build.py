@@ -29,7 +29,9 @@ def sizes(text: str) -> tuple[int, ...]:
 def command(onnx: Path, out: Path, batch: str, precision: str, sparsity: str, device: str) -> None:
     """Build a plan from an ONNX file."""
     from twofour.builder import build
+    from twofour.files import refuse_same
 
+    refuse_same(out, onnx)
     plan = build(onnx, batch=sizes(batch), precision=precision, sparsity=sparsity, device=device)
     plan.save(out)
     click.echo(f"{plan}\n{out}")

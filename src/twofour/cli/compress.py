@@ -16,7 +16,7 @@ from twofour.cli import options
 @click.option("--out", type=options.PATH, help="Output folder; by default runs/MODEL-DATA.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @click.option("--epochs", type=click.IntRange(1), help="Replaces the recipe's number of epochs.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds; files come from the first.")
 @options.method_option
 @options.permute_option
@@ -42,13 +42,12 @@ def command(
     MODEL and --data are names (`demo`, `digits`). Trains the dense network unless --weights brings it, prunes it to 2:4, repeats the
     training with the mask held, checks, exports, builds, measures and reports, dense beside sparse.
     """
-    from rich.console import Console
-
+    from twofour.cli.console import make_console, say
     from twofour.cli.progress import ProgressDisplay
     from twofour.compress import compress
     from twofour.report.terminal import print_summary
 
-    console = Console()
+    console = make_console()
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"{model}-{data}")
     with ProgressDisplay(console) as listener:
         done = compress(
@@ -69,4 +68,4 @@ def command(
             listener=listener,
         )
     print_summary(done.report, console)
-    console.print(f"Report: {done.out / 'report.html'}", highlight=False, soft_wrap=True)
+    say(console, f"Report: {done.out / 'report.html'}")

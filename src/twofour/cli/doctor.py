@@ -6,23 +6,20 @@ import click
 @click.command()
 def command() -> None:
     """Say what is installed, which GPU there is, which backends work, and the pip line for what is missing."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from twofour.cli.console import add_row, make_console, make_table, say
     from twofour.report.environment import OPTIONAL, backends, environment, version_of
 
-    console = Console()
+    console = make_console()
     here = environment()
-    console.print(f"Python {here.python} on {here.platform}", highlight=False)
-    console.print(
-        f"CPU: {here.cpu}, {here.cores} cores, {here.memory_bytes / 2**30:.1f} GiB; GPU: {here.gpu or 'none found'}", highlight=False
-    )
-    table = Table("package", "version", "for", "to install")
+    say(console, f"Python {here.python} on {here.platform}")
+    memory = f"{here.memory_bytes / 2**30:.1f} GiB"
+    say(console, f"CPU: {here.cpu}, {here.cores} cores, {memory}; GPU: {here.gpu or 'none found'}")
+    table = make_table("package", "version", "for", "to install")
     for name, version in here.libraries.items():
-        table.add_row(name, version, "base", "")
+        add_row(table, name, version, "base", "")
     for name, (purpose, line) in OPTIONAL.items():
         found = version_of(name)
-        table.add_row(name, found or "–", purpose, "" if found else line)
+        add_row(table, name, found or "–", purpose, "" if found else line)
     console.print(table)
     for backend in backends():
-        console.print(f"backend {backend.name}: {'works' if backend.works else 'missing'} ({backend.detail})", highlight=False)
+        say(console, f"backend {backend.name}: {'works' if backend.works else 'does not work'} ({backend.detail})")

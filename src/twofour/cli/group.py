@@ -59,6 +59,17 @@ def twofour(debug: bool) -> None:
     """2:4 structured sparsity, whole: a dense network in; a verified, measured, faster 2:4-sparse engine and report out."""
 
 
+def sentence_of(error: Exception) -> str:
+    """Return an error as one sentence; what the system refused (a file, memory) is named with the cure."""
+    if isinstance(error, TwofourError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use a smaller batch or file" if str(error) else "out of memory; use a smaller batch or file"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"file {str(error.filename)!r}: {error.strerror}; check the path, its permissions and the disk"
+    return f"the system refused: {error}"
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check the user asked for failed, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if args is None else args
@@ -74,8 +85,8 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         click.echo(f"twofour: {error.format_message()}", err=True)
         sys.exit(2)
-    except TwofourError as error:
+    except (TwofourError, OSError, MemoryError) as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"twofour: {error}", err=True)
+        click.echo(f"twofour: {sentence_of(error)}", err=True)
         sys.exit(2)

@@ -16,8 +16,7 @@ def command(ctx: click.Context, file: Path, require: bool, as_json: bool) -> Non
     """Say of every weight in FILE (ONNX, safetensors or plan) whether it is 2:4, could be, or cannot and why."""
     import json
 
-    from rich.console import Console
-
+    from twofour.cli.console import make_console
     from twofour.cli.tables import print_inspection
     from twofour.exchange import inspect
 
@@ -25,6 +24,6 @@ def command(ctx: click.Context, file: Path, require: bool, as_json: bool) -> Non
     if as_json:
         click.echo(json.dumps(inspection.to_json(), indent=1))
     else:
-        print_inspection(inspection, Console())
+        print_inspection(inspection, make_console())
     if require and not inspection.is_24:
         ctx.exit(1)

@@ -35,11 +35,10 @@ def command(
     """
     import json
 
-    from rich.console import Console
-
+    from twofour.cli.console import make_console
     from twofour.cli.tables import print_gemm, print_measurements
 
-    console = Console()
+    console = make_console()
     if files == (Path("gemm"),):
         from twofour.report.gemm import DTYPES, current_rows, measure_gemm, summary
 

@@ -5,8 +5,13 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from twofour.cli.console import say
 from twofour.compress.events import EpochFinished, Event, StageFinished, StageStarted
+
+# Where there is no terminal, a long training tells how it does this often.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressDisplay:
@@ -29,7 +34,7 @@ class ProgressDisplay:
             disable=not self._live,
         )
         self._task = self._progress.add_task("", total=None, status="")
-        self._steps, self._done, self._start = 0, 0, 0.0
+        self._steps, self._done, self._start, self._told = 0, 0, 0.0, 0.0
 
     def __enter__(self) -> "ProgressDisplay":
         self._progress.start()
@@ -41,16 +46,19 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, StageStarted):
-            self._steps, self._done, self._start = event.steps, 0, time.perf_counter()
+            self._steps, self._done, self._start, self._told = event.steps, 0, time.perf_counter(), time.perf_counter()
             self._progress.reset(self._task, total=event.steps or None, description=event.stage, status="")
         elif isinstance(event, EpochFinished):
             self._done += 1
             epoch = event.epoch
             status = f"seed {event.seed}, {event.variant}: loss {epoch.loss:.3f}, {epoch.metric:.2f}"
             self._progress.update(self._task, advance=1, status=status)
-            if not self._live and epoch.number == event.epochs:
+            due = time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES
+            if not self._live and (epoch.number == event.epochs or due):
+                self._told = time.perf_counter()
                 left = (time.perf_counter() - self._start) / self._done * (self._steps - self._done)
-                self._console.print(f"  {status} after {event.epochs} epochs, about {left:.0f} s left", highlight=False)
+                say(self._console, f"  {status}, epoch {epoch.number} of {event.epochs}, about {left:.0f} s left")
         elif isinstance(event, StageFinished):
             self._progress.update(self._task, status="")
-            self._console.print(f"[green]✓[/] {event.stage} [dim]{event.seconds:.1f} s[/]", highlight=False)
+            line = Text.assemble(("✓", "green"), f" {event.stage} ", (f"{event.seconds:.1f} s", "dim"))
+            self._console.print(line, soft_wrap=True)

@@ -34,23 +34,34 @@ def command(
     after. DIR is a folder of safetensors (or one file) of any size: it is pruned tensor by tensor into --out, and goes on where an
     interrupted run stopped.
     """
-    if Path(what).exists() or what.endswith(".safetensors") or "/" in what:
+    from twofour.errors import InputError
+    from twofour.files import refuse_same, require_suffix
+    from twofour.sources.models import is_model_spec
+
+    if not is_model_spec(what):
+        if data is not None or weights is not None:
+            raise InputError(f"prune: {what!r} names files, expected a model for --data and --weights; leave them out")
+        if out.suffix == ".safetensors":
+            raise InputError(f"prune: --out {str(out)!r} is made a folder, expected a folder's name")
+        refuse_same(out, what)
         _prune_files(Path(what), out, method, pattern, include, exclude)
     else:
+        require_suffix(out, ".safetensors", "prune: --out")
+        refuse_same(out, weights)
         _prune_model(what, data, weights, out, method, permute, pattern, include, exclude)
 
 
 def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from twofour.cli.console import make_console, say
     from twofour.cli.tables import print_pruning
     from twofour.errors import InputError
     from twofour.pruning import prune_files
 
     if method != "magnitude":
         raise InputError(f"prune: method {method!r} needs the network, expected magnitude for files; give MODEL with --weights")
-    console = Console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("prune", total=None)
@@ -60,7 +71,7 @@ def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tu
 
         record = prune_files(source, out, pattern=pattern, include=include, exclude=exclude, progress=show)
     print_pruning(record, console)
-    console.print(f"{record}\n{out}", highlight=False, soft_wrap=True)
+    say(console, f"{record}\n{out}")
 
 
 def _prune_model(
@@ -74,8 +85,7 @@ def _prune_model(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
 ) -> None:
-    from rich.console import Console
-
+    from twofour.cli.console import make_console, say
     from twofour.cli.tables import print_pruning
     from twofour.errors import InputError
     from twofour.pruning import prune, reestimate_batchnorm
@@ -98,6 +108,6 @@ def _prune_model(
         metric = evaluate(module, task)
         told.append(f"with batch-norm re-estimated {metric:.2f}")
     Checkpoint.of(module, task.metric.name, metric, model=name, data=data, pruning=record).save(out)
-    console = Console()
+    console = make_console()
     print_pruning(record, console)
-    console.print(f"{record}\n{task.metric.name}: {', '.join(told)}\n{out}", highlight=False, soft_wrap=True)
+    say(console, f"{record}\n{task.metric.name}: {', '.join(told)}\n{out}")

@@ -15,8 +15,10 @@ from twofour.cli import options
 def command(plan: Path, input_path: Path, output_path: Path, threads: int | None) -> None:
     """Run PLAN once on inputs from a file."""
     from twofour.cli.arrays import read_inputs, write_outputs
+    from twofour.files import refuse_same
     from twofour.runtime import load
 
+    refuse_same(output_path, plan, input_path)
     engine = load(plan, num_threads=threads)
     outputs = engine(*read_inputs(input_path, [spec.name for spec in engine.plan.inputs]))
     values = outputs if isinstance(outputs, tuple) else (outputs,)

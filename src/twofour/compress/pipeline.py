@@ -3,11 +3,13 @@
 import copy
 import datetime
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +17,23 @@ from torch import Tensor, nn
 from twofour.builder import build
 from twofour.compress.assemble import Findings, make_report
 from twofour.compress.events import EpochFinished, Event, Listener, StageFinished, StageStarted
-from twofour.compress.folder import prepare
-from twofour.errors import InputError, VerificationError
+from twofour.compress.folder import only_run_in, prepare
+from twofour.errors import InputError, VerificationError, nearest
 from twofour.exchange import Exported, export
 from twofour.files import write_text
 from twofour.pruning import Pruning, prune, reestimate_batchnorm
+from twofour.pruning.apply import METHODS, is_finite, survey
 from twofour.pruning.calibration import tracked_norms
 from twofour.report import Report, measure
 from twofour.report.page import write_page
 from twofour.report.record import Agreement, Check
 from twofour.runtime import Engine
 from twofour.sources import Task, load_weights, resolve_model, resolve_task
-from twofour.training import Checkpoint, Epoch, Recipe, calibration_batches, evaluate, load_recipe, predict, train
+from twofour.training import Checkpoint, Epoch, Recipe, calibration_batches, derive_masks, evaluate, load_recipe, predict, train
 from twofour.training.recipe import shipped_recipes
 
 BATCHES = (1, 32)
+MOST_LOST_POINTS = 0.5
 log = logging.getLogger("twofour.compress")
 
 
@@ -155,8 +159,7 @@ def compress(
     if epochs is not None:
         chosen = chosen.model_copy(update={"epochs": epochs})
     source, task = resolve_model(model), resolve_task(data)
-    if weights is not None:
-        load_weights(source.make(task.num_classes), weights)
+    _refuse_early(source.make(task.num_classes), task, chosen, weights, method, include, exclude)
     settings = Settings(
         model,
         data,
@@ -172,6 +175,12 @@ def compress(
         measure_seconds,
         command,
     )
+    with only_run_in(settings.out):
+        return _logged(settings, task, Stages(listener))
+
+
+def _logged(settings: Settings, task: Task, stages: Stages) -> Compression:
+    """Run with the package's log going to the folder's log.txt as well."""
     handler = logging.FileHandler(settings.out / "log.txt", mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("twofour")
@@ -179,7 +188,7 @@ def compress(
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        return _run(settings, task, Stages(listener))
+        return _run(settings, task, stages)
     except BaseException as error:
         log.error("ended: %s: %s", type(error).__name__, error)
         raise
@@ -187,6 +196,32 @@ def compress(
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
+
+
+def _refuse_early(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    weights: str | Path | None,
+    method: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    """Raise InputError for everything that would fail after the first training; an untrained or the given network serves for it."""
+    if recipe.distillation.weight and weights is None:
+        raise InputError("compress: the recipe distils from a dense network, expected --weights with that network")
+    if method not in METHODS:
+        raise InputError(f"pruning method {method!r} is unknown, expected one of {sorted(METHODS)}{nearest(method, METHODS)}")
+    if weights is not None:
+        load_weights(model, weights)
+        if broken := [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]:
+            raise InputError(f"compress: weights {str(weights)!r} hold NaN or infinity in {broken[0]!r}; load a sound checkpoint")
+        if sparse := derive_masks(model):
+            raise InputError(
+                f"compress: weights {str(weights)!r} are 2:4 already in {len(sparse)} layers (first: {next(iter(sparse))!r}), "
+                "expected the dense network, which is also the control"
+            )
+    survey(model, task.example_inputs(), include=include, exclude=exclude)
 
 
 def _run(settings: Settings, task: Task, stages: Stages) -> Compression:
@@ -216,6 +251,7 @@ def _run(settings: Settings, task: Task, stages: Stages) -> Compression:
     with stages.stage("measure") as said:
         engines = {variant: Engine(plan) for variant, plan in plans.items()}
         agreement = [_agreement("dense", engines["dense"], dense, task), _agreement("2:4", engines["2:4"], sparse, task)]
+        checks += [_check_agreement(row) for row in agreement] + _check_accuracy(runs, task)
         measurements = measure({**plans}, batch=BATCHES, seconds=settings.measure_seconds)
         profiles = {variant: engine.profile(*engine.random_inputs(BATCHES[-1])) for variant, engine in engines.items()}
         said += [str(m) for m in measurements]
@@ -294,7 +330,8 @@ def _train_seed(settings: Settings, task: Task, stages: Stages, seed: int) -> Se
             log.info("seed %d, %s, epoch %d: loss %.4f, %s %.2f", seed, variant, epoch.number, epoch.loss, task.metric.name, epoch.metric)
             stages.tell(EpochFinished(variant, seed, epoch, recipe.epochs))
 
-        made = train(model, task, recipe, teacher=teacher, progress=progress)
+        masks = {} if pruning is None else pruning.masks
+        made = train(model, task, recipe, masks=masks, teacher=teacher, progress=progress)
         return Checkpoint(made.state, made.metric_name, made.metric, made.history, made.recipe, **names, pruning=pruning)
 
     with torch.random.fork_rng():
@@ -305,8 +342,6 @@ def _train_seed(settings: Settings, task: Task, stages: Stages, seed: int) -> Se
         load_weights(model, settings.weights)
         dense = Checkpoint.of(model, task.metric.name, evaluate(model, task), **names)
     else:
-        if recipe.distillation.weight:
-            raise InputError("compress: the recipe distils from a dense network, expected --weights with that network")
         dense = run("dense", model)
     teacher = copy.deepcopy(model) if recipe.distillation.weight else None
     control = copy.deepcopy(model)
@@ -343,6 +378,23 @@ def _check_export(variant: str, exported: Exported) -> Check:
         required = [w for w in exported.inspection.weights if w.required]
         detail += f"; {sum(w.is_24 for w in required)} of {len(required)} pruned layers 2:4 in the file"
     return Check(name=f"ONNX equals the module, {variant}", passed=exported.largest_error <= exported.tolerance, detail=detail)
+
+
+def _check_agreement(row: Agreement) -> Check:
+    """The engine predicts what torch predicts; a tie may fall to either side, so one item in a thousand may differ."""
+    detail = f"{row.differing_predictions} of {row.items} predictions differ, largest error {row.largest_error:.1e}"
+    passed = row.differing_predictions <= row.items / 1000 and math.isfinite(row.largest_error)
+    return Check(name=f"engine predicts what torch predicts, {row.variant}", passed=passed, detail=detail)
+
+
+def _check_accuracy(runs: list[SeedRun], task: Task) -> list[Check]:
+    """2:4 stays within half a point of the control, for a metric in percent."""
+    if task.metric.unit != "%":
+        return []
+    sign = 1 if task.metric.direction == "higher" else -1
+    lost = sign * fmean(run.control.metric - run.sparse.metric for run in runs)
+    detail = f"{lost:+.2f} points lost against dense with the same training, allowed {MOST_LOST_POINTS}; mean of {len(runs)} seeds"
+    return [Check(name="accuracy kept", passed=lost <= MOST_LOST_POINTS, detail=detail.replace("-", "−"))]
 
 
 def _agreement(variant: str, engine: Engine, model: nn.Module, task: Task) -> Agreement:

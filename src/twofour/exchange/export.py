@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from twofour.errors import InputError, UnsupportedError, VerificationError
-from twofour.exchange.inspect import PRUNING_KEY, Inspection, inspect
-from twofour.files import written_aside
+from twofour.exchange.inspect import Inspection, inspect
+from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
 from twofour.pruning.capture import in_eval_mode
+from twofour.pruning.record import PRUNING_KEY
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,15 @@ def compare(path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[f
         single, double = reference_outputs(model, varied)
         results = session.run(None, dict(zip(names, [x.numpy() for x in varied], strict=True)))
         for result, expected in zip(results, single, strict=True):
-            if result.size:
-                worst = max(worst, float(np.abs(result.astype(np.float64) - expected.double().numpy()).max()))
+            wanted = expected.double().numpy()
+            if not np.isfinite(wanted).all():
+                raise VerificationError(
+                    "export: the module's outputs are not finite, so no file can be checked against them; mend the weights"
+                )
+            if not np.isfinite(result).all():
+                worst = float("inf")
+            elif result.size:
+                worst = max(worst, float(np.abs(result.astype(np.float64) - wanted).max()))
         tolerance = max(tolerance, rounding_tolerance(single, double))
     return worst, tolerance
 
@@ -116,6 +124,7 @@ def export(
         InputError: the folder does not exist.
     """
     path = Path(path)
+    require_suffix(path, ".onnx", "export: path")
     if not path.parent.is_dir():
         raise InputError(f"export: folder {str(path.parent)!r} does not exist; make it first")
     batch = torch.export.Dim.DYNAMIC

@@ -1,5 +1,7 @@
 """`inspect`: is a file 2:4, which layers are, which could be, which cannot and why."""
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,10 @@ import onnx_ir as ir
 
 from twofour.errors import InputError, PlanFormatError
 from twofour.exchange.onnx_weights import weights_of
+from twofour.files import existing_file
 from twofour.pattern import GroupCount, count_groups
 from twofour.plan import Plan
-from twofour.pruning.record import Pruning
-
-PRUNING_KEY = "twofour.pruning"
+from twofour.pruning.record import PRUNING_KEY, Pruning
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ def parse_onnx(data: bytes, where: str) -> ir.Model:
         proto = onnx.load_model_from_string(data)
         if not proto.graph.node:
             raise InputError(f"{where!r} holds no ONNX graph; expected a model file")
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        if any(True for _ in external_tensors(model)):
+            raise InputError(f"{where!r} refers to other files, expected all tensors inside; build the plan again")
+        return model
     except (DecodeError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, InputError):
             raise
@@ -162,9 +166,7 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         InputError: missing, unreadable, or none of the three kinds.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"inspect: file {str(path)!r} does not exist")
+    path = existing_file(path, "inspect: file")
     if path.suffix == ".onnx":
         return inspect_model(parse_onnx_file(path), str(path), "onnx")
     if path.suffix == ".safetensors":
@@ -176,6 +178,40 @@ def inspect(path: str | Path) -> Inspection:
     return inspect_model(parse_onnx(np.ascontiguousarray(plan.payload["onnx"]).tobytes(), str(path)), str(path), "plan")
 
 
+def external_tensors(model: ir.Model) -> Iterator[tuple[ir.ExternalTensor, Callable[[ir.Tensor], None]]]:
+    """Give every tensor kept outside the model's file, in any subgraph, with the function that replaces it."""
+
+    def of_initializer(value: ir.Value) -> Callable[[ir.Tensor], None]:
+        return lambda tensor: setattr(value, "const_value", tensor)
+
+    def of_attribute(node: ir.Node, name: str) -> Callable[[ir.Tensor], None]:
+        return lambda tensor: node.attributes.__setitem__(name, ir.AttrTensor(name, tensor))
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value, of_initializer(value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if isinstance(attribute, ir.Attr) and isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value, of_attribute(node, name)
+
+
+def read_external(tensor: ir.ExternalTensor, path: Path) -> Any:
+    """Return the values of an external tensor of the model at `path`.
+
+    Raises:
+        InputError: its file lies outside the model's folder (through `..`, an absolute name or a link), is missing, or is too short.
+    """
+    folder = path.absolute().parent.resolve()
+    location = Path(os.fspath(tensor.location))
+    target = (folder / location).resolve()
+    if location.is_absolute() or folder not in target.parents:
+        raise InputError(f"{str(path)!r}: tensor {tensor.name!r} lies in {str(location)!r}, expected a file in the model's own folder")
+    existing_file(target, f"external data of {str(path)!r}:")
+    return np.array(tensor.numpy())
+
+
 def parse_onnx_file(path: Path) -> ir.Model:
     """Return the ONNX model at `path`, external data resolved beside it.
 
@@ -184,12 +220,13 @@ def parse_onnx_file(path: Path) -> ir.Model:
     """
     from google.protobuf.message import DecodeError
 
-    if not path.is_file():
-        raise InputError(f"ONNX file {str(path)!r} does not exist")
+    path = existing_file(path, "ONNX file")
     try:
         model = ir.load(path)
         if not len(model.graph):
             raise InputError(f"{str(path)!r} holds no ONNX graph; expected a model file")
+        for tensor, put in list(external_tensors(model)):
+            put(ir.Tensor(read_external(tensor, path), name=tensor.name))
         return model
     except (DecodeError, ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, InputError):

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twofour.errors import PlanFormatError
-from twofour.files import written_aside
+from twofour.errors import InputError, PlanFormatError
+from twofour.files import existing_file, written_aside
 
 SCHEMA = 1
 # NOTE: one entry only. The safetensors library writes several in an order that changes from run to run, and a plan is byte-exact.
 KEY = "twofour.plan"
 BACKENDS = ("onnxruntime",)
+DEVICES = ("cpu",)
+PRECISIONS = ("fp32", "fp16", "bf16")
+SPARSITY = ("auto", "off", "force")
 DTYPES = frozenset({"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 
 
@@ -84,9 +87,10 @@ class Plan:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path)
-        if not path.is_file():
-            raise PlanFormatError(f"plan {str(path)!r} does not exist")
+        try:
+            path = existing_file(path, "plan")
+        except InputError as error:
+            raise PlanFormatError(str(error)) from error
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
@@ -119,6 +123,13 @@ class Plan:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanFormatError(f"plan {where!r} is damaged: its description cannot be read ({error!r})") from error
+        for what, value, known in (
+            ("device", plan.device, DEVICES),
+            ("precision", plan.precision, PRECISIONS),
+            ("sparsity", plan.sparsity, SPARSITY),
+        ):
+            if value not in known:
+                raise PlanFormatError(f"plan {where!r} asks for the {what} {value!r}, this version has {list(known)}; update twofour")
         if plan.backend not in BACKENDS:
             raise PlanFormatError(
                 f"plan {where!r} asks for the backend {plan.backend!r}, this version has {list(BACKENDS)}; update twofour"

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from twofour.errors import InputError
 
+# The entry of a file's metadata that holds the record, in ONNX and in safetensors.
+PRUNING_KEY = "twofour.pruning"
+
 
 @dataclass(frozen=True)
 class LayerRecord:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from twofour.report.record import Environment
 
-LIBRARIES = ("twofour", "torch", "numpy", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numba", "safetensors", "scikit-learn")
+LIBRARIES = ("torch", "numpy", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numba", "safetensors", "scikit-learn")
 # Package -> (what it is for, the pip line that brings it).
 OPTIONAL = {
-    "cuda-core": ("kernels compiled at run time, GPU launches", "pip install 'twofour[cuda]'"),
-    "nvidia-cuda-nvrtc": ("the run-time compiler", "pip install 'twofour[cuda]'"),
-    "nvidia-ml-py": ("GPU clocks, power and energy", "pip install 'twofour[cuda]'"),
-    "nvmath-python": ("cuBLASLt and cuSPARSELt as tactics", "pip install 'twofour[peers]'"),
+    "cuda-core": ("kernels compiled at run time, GPU launches", "pip install '.[cuda]'  (in the checkout)"),
+    "nvidia-cuda-nvrtc": ("the run-time compiler", "pip install '.[cuda]'  (in the checkout)"),
+    "nvidia-ml-py": ("GPU clocks, power and energy", "pip install '.[cuda]'  (in the checkout)"),
+    "nvmath-python": ("cuBLASLt and cuSPARSELt as tactics", "pip install '.[peers]'  (in the checkout)"),
     "tensorrt": ("TensorRT as a backend", "pip install tensorrt"),
 }
 
@@ -42,8 +42,10 @@ def gpu_name() -> str | None:
     try:
         import pynvml
     except ModuleNotFoundError:
-        import torch
-
+        try:
+            import torch
+        except ModuleNotFoundError:
+            return None
         return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     try:
         pynvml.nvmlInit()
@@ -80,10 +82,25 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Return what can run plans on this machine."""
-    found = []
-    onnxruntime = version_of("onnxruntime")
-    if onnxruntime:
-        found.append(Backend("onnxruntime", True, f"{onnxruntime}, CPU; no sparse kernels"))
-    else:
-        found.append(Backend("onnxruntime", False, "pip install onnxruntime"))
-    return found
+    if version_of("onnxruntime") is None:
+        return [Backend("onnxruntime", False, "pip install onnxruntime")]
+    try:
+        ran = _runs_relu()
+    except Exception as error:  # noqa: BLE001 - whatever a broken installation raises is what the user asks about
+        return [Backend("onnxruntime", False, f"{type(error).__name__}: {error}")]
+    return [
+        Backend("onnxruntime", ran, f"{version_of('onnxruntime')}, CPU; no sparse kernels" if ran else "wrong result of a one-node model")
+    ]
+
+
+def _runs_relu() -> bool:
+    """Whether ONNX Runtime computes max(x, 0) of two numbers."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return bool((session.run(None, {"x": np.array([-1, 2], np.float32)})[0] == [0, 2]).all())

@@ -8,6 +8,7 @@ from typing import Any
 
 from twofour.builder import build
 from twofour.errors import InputError
+from twofour.files import existing_file
 from twofour.plan import Plan
 from twofour.runtime import Engine
 from twofour.runtime.memory import measure_peak_bytes
@@ -57,9 +58,7 @@ def plan_of(thing: str | Path | Plan) -> Plan:
     """
     if isinstance(thing, Plan):
         return thing
-    path = Path(thing)
-    if not path.is_file():
-        raise InputError(f"measure: file {str(path)!r} does not exist")
+    path = existing_file(thing, "measure: file")
     return build(path) if path.suffix == ".onnx" else Plan.load(path)
 
 

@@ -53,7 +53,7 @@ class Engine:
         """
         arrays = self._checked(inputs)
         outputs = self._backend.run(arrays)
-        if type(inputs[0]).__module__.split(".")[0] == "torch":
+        if inputs and type(inputs[0]).__module__.split(".")[0] == "torch":
             import torch
 
             tensors = tuple(torch.from_numpy(output).to(inputs[0].device) for output in outputs)
@@ -65,7 +65,14 @@ class Engine:
         return self._backend.profile(self._checked(inputs), num_runs)
 
     def random_inputs(self, batch: int, seed: int = 0) -> tuple[Array, ...]:
-        """Return standard-normal inputs of the plan's shapes (integers 0 or 1 for integer inputs)."""
+        """Return standard-normal inputs of the plan's shapes (integers 0 or 1 for integer inputs).
+
+        Raises:
+            InputError: the plan's batch is fixed and another.
+        """
+        sizes = {spec.shape[0] for spec in self.plan.inputs if spec.shape and spec.shape[0] is not None}
+        if sizes - {batch}:
+            raise InputError(f"engine: batch {batch} was asked for, the plan takes batches of {min(sizes - {batch})} only")
         rng = np.random.default_rng(seed)
         values: list[Array] = []
         for spec in self.plan.inputs:

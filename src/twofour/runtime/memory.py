@@ -48,9 +48,10 @@ def measure_peak_bytes(plan_path: Path, batch: int) -> int:
     Raises:
         TwofourError: the process failed; the message holds its last line.
     """
-    command = [sys.executable, "-c", "from twofour.runtime.memory import main; main()", str(plan_path), str(batch)]
-    # The child finds the package where this process found it, installed or not.
-    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-P", "-c", "from twofour.runtime.memory import main; main()", str(plan_path), str(batch)]
+    # -P keeps the current folder out of the import path; the package is found where this process found it, installed or not.
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH", "")) if p)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

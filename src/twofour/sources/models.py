@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,12 @@ def list_models() -> list[str]:
 def known_models() -> list[str]:
     """Return every way to name a model, for messages and help."""
     return [*sorted(MODELS), *(f"{zoo}:NAME" for zoo in ZOOS), "FILE.py:FUNCTION"]
+
+
+def is_model_spec(spec: str) -> bool:
+    """Whether `spec` names a model rather than a file or folder: a known name wins over a folder of that name."""
+    named = spec in MODELS or is_function_spec(spec) or spec.partition(":")[0] in ZOOS
+    return named or not (Path(spec).exists() or "/" in spec or "." in spec)
 
 
 def resolve_model(spec: str) -> ModelSource:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from twofour.errors import InputError
+from twofour.files import existing_file
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -15,8 +16,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged or holds something else.
     """
-    if not path.is_file():
-        raise InputError(f"weights file {str(path)!r} does not exist")
+    path = existing_file(path, "weights file")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -30,9 +30,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # NOTE: on bytes that are no checkpoint torch.load raises whatever its parsers meet (UnpicklingError, struct.error, KeyError, …).
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"weights file {str(path)!r} is neither safetensors nor a torch state dict of plain tensors: {first_line}"
+            f"weights file {str(path)!r} is neither safetensors (named .safetensors) nor a torch state dict of plain tensors"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

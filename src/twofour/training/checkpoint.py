@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from twofour.errors import InputError
 from twofour.files import written_aside
 from twofour.pruning import Pruning
+from twofour.pruning.record import PRUNING_KEY
 
 SCHEMA = 1
 KEY = "twofour.checkpoint"
-PRUNING_KEY = "twofour.pruning"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoint:
     pruning: Pruning | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        kind = "2:4" if self.pruning is not None else "dense"
+        kind = self.pruning.pattern if self.pruning is not None else "dense"
         return f"Checkpoint({self.model or 'model'}, {kind}, {self.metric_name} {self.metric:.2f} after {len(self.history)} epochs)"
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,12 +62,14 @@ def train(
     data: Task,
     recipe: Recipe,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     teacher: nn.Module | None = None,
     progress: Callable[[Epoch], None] | None = None,
 ) -> Checkpoint:
     """Train `model` in place by `recipe` and return its checkpoint.
 
-    A model that is 2:4 has its masks held; a dense one is trained dense. Everything random is drawn from `recipe.seed`, so on a CPU
+    `masks` (True where kept, by parameter name) are held; None derives those of the weights that are 2:4 now, an empty mapping trains
+    every weight. Everything random is drawn from `recipe.seed`, so on a CPU
     a run repeats bit for bit. `progress` is called after each epoch; `teacher` is asked for by `recipe.distillation`.
 
     Raises:
@@ -79,7 +81,7 @@ def train(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe.optimizer)
-    masks = derive_masks(model)
+    masks = derive_masks(model) if masks is None else masks
     held = Hold(model, optimizer, masks) if masks else None
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.cpu_threads or threads)

@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from twofour.errors import InputError
 from twofour.pattern import count_groups
+from twofour.pruning import Pruning
 from twofour.pruning.capture import CONVOLUTIONS
 from twofour.pruning.eligibility import why_not
 from twofour.pruning.magnitude import magnitude_mask
@@ -29,4 +31,25 @@ def derive_masks(model: nn.Module) -> dict[str, Tensor]:
             nonzero = full != 0
             if bool(nonzero.any()) and count_groups(nonzero.cpu().numpy()).is_24:
                 masks[names[id(weight)]] = magnitude_mask(full)
+    return masks
+
+
+def recorded_masks(model: nn.Module, pruning: Pruning) -> dict[str, Tensor]:
+    """Return the masks of the layers that a pruning record names, read off the zeros of the weights.
+
+    Raises:
+        InputError: the record names a weight the model has not, or one that does not hold its pattern.
+    """
+    parameters = dict(model.named_parameters())
+    masks = {}
+    for layer in pruning.pruned:
+        if layer.name not in parameters:
+            raise InputError(f"the pruning record names {layer.name!r}, which is no parameter of the model; use the record's own weights")
+        weight = parameters[layer.name].detach()
+        kept = weight != 0
+        if pruning.pattern == "2:4":
+            if not count_groups(kept.cpu().numpy()).is_24:
+                raise InputError(f"weight {layer.name!r} is recorded as 2:4 and is not; prune the network again")
+            kept = magnitude_mask(weight)
+        masks[layer.name] = kept
     return masks

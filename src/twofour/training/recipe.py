@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twofour.errors import InputError, nearest
 
@@ -15,13 +15,19 @@ class _Section(BaseModel):
 
 
 class OptimizerSection(_Section):
-    """`lr` is the peak learning rate; `momentum` is SGD's, `betas` Adam's."""
+    """`lr` is the peak learning rate; `momentum` and `nesterov` are SGD's."""
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "OptimizerSection":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
 
 class ScheduleSection(_Section):
@@ -60,7 +66,7 @@ class Recipe(_Section):
     epochs: int = Field(10, gt=0)
     batch: int = Field(64, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     cpu_threads: int = Field(0, ge=0)
     channels_last: bool = False
     optimizer: OptimizerSection = OptimizerSection()
@@ -118,4 +124,7 @@ def load_recipe(spec: str) -> Recipe:
     path = Path(spec)
     if not path.is_file():
         raise InputError(f"recipe {spec!r} is neither a file nor one of {sorted(shipped)}{nearest(spec, shipped)}")
-    return parse_recipe(path.read_text(encoding="utf-8"), repr(spec))
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), repr(spec))
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {spec!r} is no UTF-8 text; expected a TOML file") from error
