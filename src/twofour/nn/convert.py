@@ -3,20 +3,24 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twofour.errors import InputError, nearest
+from twofour.kernels.gemm import Config, Epilogue, Problem, why_not
 from twofour.nn import launch
 from twofour.nn.linear import Linear24, TrainableLinear24, read_extra_state
 from twofour.nn.packing import NAME_OF, violation
 from twofour.pruning.capture import in_eval_mode
+
+if TYPE_CHECKING:
+    from twofour.builder.tactics import Tactic
 
 logger = logging.getLogger(__name__)
 MOST_SIZES = 4  # token counts timed a layer, the most frequent first
@@ -177,12 +181,14 @@ def tokens_of(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Counter[
     Raises:
         InputError: `example_inputs` is no tensor, tuple, list or dict.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         kind = type(example_inputs).__name__
         raise InputError(f"convert: example_inputs is a {kind}, expected a tensor, a tuple of arguments or a dict of keyword arguments")
@@ -225,25 +231,39 @@ def _decide(linear: nn.Linear, name: str, calls: Counter[int], dtype: torch.dtyp
     return LayerConversion(name, shape, faster, "faster than dense" if faster else "dense is as fast or faster", counts, *totals)
 
 
-def measured(problem: Any, device: int, folder: Path | None) -> tuple[float, float, str]:
+def measured(problem: Problem, device: int, folder: Path | None) -> tuple[float, float, str]:
     """Return (microseconds of our best 2:4 kernel, of the best dense one, why there is no figure); our best is used from now on.
 
-    Dense is cuBLASLt, which `nn.Linear` runs on; where it is missing, our own dense kernel.
+    Dense is cuBLASLt, which `nn.Linear` runs on; where it is missing, our own dense kernel. The product is timed without its bias, which
+    the libraries' tactics do not take, among the configs that can also add it.
     """
     from twofour.builder.tactics import choose, tactics
     from twofour.jit.driver import num_sms
 
+    plain = replace(problem, epilogue=Epilogue())
     with torch.cuda.device(device):
-        choice = choose(problem, device=device, libraries=LIBRARIES, cache_folder=folder)
-    known = [(t, choice.times_us[str(t)]) for t in tactics(problem, num_sms(device), libraries=LIBRARIES) if str(t) in choice.times_us]
-    sparse = [(us, t.config) for t, us in known if t.sparse and t.library == "twofour" and t.config is not None]
-    dense = [us for t, us in known if t.library == "cublaslt"] or [us for t, us in known if not t.sparse]
+        choice = choose(plain, device=device, libraries=LIBRARIES, cache_folder=folder)
+        times, left_out = dict(choice.times_us), dict(choice.left_out)
+        known = tactics(plain, num_sms(device), libraries=LIBRARIES)
+        sparse = _legal(known, times, problem)
+        if not sparse and problem != plain:
+            choice = choose(problem, device=device, libraries=LIBRARIES, cache_folder=folder)
+            left_out |= choice.left_out
+            sparse = _legal(tactics(problem, num_sms(device), libraries=LIBRARIES), choice.times_us, problem)
+    timed = [t for t in known if str(t) in times]
+    dense = [times[str(t)] for t in timed if t.library == "cublaslt"] or [times[str(t)] for t in timed if not t.sparse]
     if not sparse or not dense:
-        why = "; ".join(f"{tactic}: {reason}" for tactic, reason in choice.left_out.items())
+        why = "; ".join(f"{tactic}: {reason}" for tactic, reason in left_out.items())
         return 0.0, 0.0, f"no {'2:4' if not sparse else 'dense'} kernel was timed ({why})"
     best_us, config = min(sparse, key=lambda pair: pair[0])
     launch.use_config(problem, device, config)
     return best_us, min(dense), ""
+
+
+def _legal(known: "Sequence[Tactic]", times_us: Mapping[str, float], problem: Problem) -> list[tuple[float, Config]]:
+    """Time and config of each timed 2:4 kernel of ours that can compute `problem`."""
+    ours = [(t.config, times_us[str(t)]) for t in known if t.sparse and t.library == "twofour" and str(t) in times_us]
+    return [(us, config) for config, us in ours if config is not None and why_not(problem, config) is None]
 
 
 def disagreement(layer: nn.Module, linear: nn.Linear, tokens: int) -> str:

@@ -81,6 +81,11 @@ def prepare(key: Key) -> tuple[Gemm, int]:
     return found
 
 
+def place(device: int) -> torch.device:
+    """Return GPU `device`."""
+    return torch.device("cuda", device)
+
+
 def workspace(size: int, device: int, stream: int) -> Tensor:
     """Return device memory for the partial sums of one launch on the current stream; its flags are zero.
 
@@ -88,12 +93,12 @@ def workspace(size: int, device: int, stream: int) -> Tensor:
     because it may be replayed on any stream.
     """
     if torch.cuda.is_current_stream_capturing():
-        own = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+        own = torch.empty(size, dtype=torch.uint8, device=place(device))
         own[:FLAG_BYTES].zero_()
         return own
     held = _workspaces.get((device, stream))
     if held is None or held.numel() < size:
-        held = _workspaces[device, stream] = torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device}")
+        held = _workspaces[device, stream] = torch.zeros(size, dtype=torch.uint8, device=place(device))
     return held
 
 

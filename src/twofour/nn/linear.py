@@ -128,7 +128,7 @@ class Linear24(nn.Module):
             raise InputError(f"Linear24: cannot be converted to {dtype}, expected bfloat16 or float16; call to_linear() on it first")
         if self.bias is not None:
             self.bias = self.bias.view(torch.int32)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             self.bias = self.bias.view(torch.float32)
         self.packed = convert_packed(self.packed, self.out_features, self.in_features, self.dtype, dtype, "Linear24")
@@ -262,7 +262,7 @@ class TrainableLinear24(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrainableLinear24":
         before = self.weight.dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.weight.dtype
         if after != before and after in NAME_OF:
             self.compute_dtype = after

@@ -17,7 +17,7 @@ from twofour.errors import InputError
 from twofour.nn import launch
 from twofour.nn.packing import NAME_OF, dense_of, packed_shape
 
-_library = torch.library.Library("twofour", "DEF")
+_library: Any = torch.library.Library("twofour", "DEF")  # type: ignore[no-untyped-call]
 _library.define("linear24(Tensor x, Tensor packed, Tensor? bias, int rows, int inputs, ScalarType dtype) -> Tensor")
 _library.define("linear24_input_grad(Tensor grad, Tensor packed, int rows, int inputs, ScalarType dtype) -> Tensor")
 _library.define("linear24_masked(Tensor x, Tensor weight, Tensor mask, Tensor packed, Tensor? bias) -> Tensor")
@@ -46,11 +46,17 @@ def check(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: int
         raise InputError(f"linear24: x is on {x.device} and the weight on {packed.device}, expected one device; move one with .to()")
 
 
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's product of the unpacked weight; contiguous rows, because for others it may round before it adds the bias."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return F.linear(rows, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], weight.shape[0])
+
+
 def _linear24(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
     check(x, packed, bias, rows, inputs, dtype)
     if launch.runs_on(x.device):
         return launch.linear(x, packed, bias, rows, inputs)
-    return F.linear(x, dense_of(packed, rows, inputs, dtype), None if bias is None else bias.to(dtype))
+    return _dense_linear(x, dense_of(packed, rows, inputs, dtype), bias)
 
 
 def _linear24_input_grad(grad: Tensor, packed: Tensor, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -62,7 +68,7 @@ def _linear24_masked(x: Tensor, weight: Tensor, mask: Tensor, packed: Tensor, bi
     check(x, packed, bias, rows, inputs, x.dtype)
     if launch.runs_on(x.device):
         return launch.linear(x, packed, bias, rows, inputs)
-    return F.linear(x, torch.where(mask, weight, 0).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _dense_linear(x, torch.where(mask, weight, 0).to(x.dtype), bias)
 
 
 def _fake_linear24(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -87,6 +93,8 @@ for _name, _real, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _real, _key)
     torch.library.register_fake(f"twofour::{_name}", _fake, lib=_library)
+for _key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
+    _library.impl("linear24", check, _key)
 
 
 def _keep_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
