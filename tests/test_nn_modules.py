@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 import twofour
 from twofour.builder import tactics as tactics_room
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
+from twofour.jit import driver
 from twofour.kernels.gemm import Problem, why_not
 from twofour.nn import Linear24, TrainableLinear24, convert, launch, restore
 from twofour.nn.convert import disagreement
@@ -434,11 +436,48 @@ def test_other_gpus_compute_with_the_unpacked_weight_and_say_so_once(
     launch.runs_on.cache_clear()
 
 
-@pytest.mark.parametrize("error", [MissingExtraError("compiling kernels needs NVRTC"), UnsupportedError("no NVIDIA driver was found")])
-def test_a_missing_compiler_or_driver_is_told_not_hidden(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
+@pytest.fixture
+def no_driver() -> Iterator[None]:
+    driver.bindings.cache_clear()
+    yield
+    driver.bindings.cache_clear()
 
-    monkeypatch.setattr(launch, "Gemm", fail)
-    with pytest.raises(type(error), match=str(error)):
+
+@pytest.mark.usefixtures("no_driver")
+def test_missing_bindings_are_told_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.delattr("cuda.bindings", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"launching kernels needs cuda.bindings, which is not installed .*pip install 'twofour\[cuda\]'"
+    ):
+        launch.prepare((3, 40, 64, torch.bfloat16, True, 0))
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_a_missing_driver_is_told_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(flags: int) -> Any:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr("cuda.bindings.driver.cuInit", absent)
+    with pytest.raises(
+        UnsupportedError, match=r"no NVIDIA driver was found \(Failed to dlopen libcuda.so.1\); install one, or run on the CPU"
+    ):
+        launch.prepare((3, 40, 64, torch.bfloat16, True, 0))
+
+
+def test_a_missing_compiler_is_told_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TWOFOUR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "num_sms", lambda device: 132)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    monkeypatch.delattr("cuda.bindings.nvrtc", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"compiling kernels needs NVRTC, which could not be loaded .*pip install 'twofour\[cuda\]'"
+    ):
+        launch.prepare((3, 40, 64, torch.bfloat16, True, 0))
+
+
+def test_a_gpu_that_is_too_old_is_told_by_the_kernel_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "capability", lambda device: (8, 0))
+    with pytest.raises(UnsupportedError, match=r"GPU 0 has compute capability 8.0, expected 9.0 \(Hopper\)"):
         launch.prepare((3, 40, 64, torch.bfloat16, True, 0))
