@@ -196,6 +196,25 @@ def test_autocast_casts_the_input_to_the_weights_dtype(kind: Any) -> None:
         layer(x.double())
 
 
+@pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
+def test_under_autocast_to_the_other_dtype_the_weights_own_dtype_stays(kind: Any) -> None:
+    layer = kind.from_linear(pruned_linear(32, 16))
+    x = torch.randn(4, 32).bfloat16().requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    expected = layer(x)
+    expected.sum().backward()
+    with torch.autocast("cpu", torch.float16):
+        y = layer(twin)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    assert twin.grad is not None
+    assert twin.grad.dtype == torch.bfloat16
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x.detach().float()), expected)
+
+
 # Tracing.
 
 

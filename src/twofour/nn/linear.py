@@ -22,7 +22,9 @@ def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     Raises:
         InputError: autocast is off, or x is float64 or no floating tensor.
     """
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    castable = x.is_floating_point() and x.dtype != torch.float64
+    if castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(dtype)
     raise InputError(f"{layer}: x is {x.dtype}, expected {dtype} like the weight; cast it or run under torch.autocast")
 
@@ -243,10 +245,9 @@ class TrainableLinear24(nn.Module):
         """
         if x.dtype is not self.compute_dtype:
             x = _autocast(x, self.compute_dtype, "TrainableLinear24")
-        with torch.autocast(x.device.type, enabled=False):
-            packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
-            bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
-            y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)
+        packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
+        y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)
         return y
 
     def freeze(self) -> Linear24:

@@ -49,7 +49,9 @@ def check(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: int
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's product of the unpacked weight; contiguous rows, because for others it may round before it adds the bias."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return F.linear(rows, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], weight.shape[0])
+    # Autocast has done its part before; on its own it would cast to its dtype here.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(rows, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear24(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -60,7 +62,8 @@ def _linear24(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs:
 
 
 def _linear24_input_grad(grad: Tensor, packed: Tensor, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
-    return torch.matmul(grad.contiguous(), dense_of(packed, rows, inputs, dtype))
+    with torch.autocast(grad.device.type, enabled=False):
+        return torch.matmul(grad.contiguous(), dense_of(packed, rows, inputs, dtype))
 
 
 def _linear24_masked(x: Tensor, weight: Tensor, mask: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,7 +132,7 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, inputs = weight.shape
     gx = gw = None
     if ctx.needs_input_grad[0]:
-        gx = torch.matmul(grad, torch.where(mask, weight, 0).to(grad.dtype))
+        gx = torch.matmul(grad, torch.where(mask, weight, 0).to(grad.dtype)).to(grad.dtype)
     if ctx.needs_input_grad[1]:
         gw = torch.where(mask, torch.matmul(grad.reshape(-1, rows).t(), x.reshape(-1, inputs)), 0).to(weight.dtype)
     gb = _sum_tokens(grad) if ctx.needs_input_grad[4] else None
