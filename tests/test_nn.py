@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nn_layers import pruned_linear, within_rounding
 from torch import nn
+from torch.autograd import forward_ad
 
-from twofour.errors import InputError
+from twofour.errors import InputError, UnsupportedError
 from twofour.nn import Linear24, TrainableLinear24, ops
 from twofour.nn.packing import Repacker, pack_weight, packed_shape, packed_zeros, repack, unpack_weight
 
@@ -130,6 +131,21 @@ def test_gradients_of_gradients() -> None:
     direction = torch.randn(2, 32).bfloat16()
     (second,) = torch.autograd.grad(gx, grad, direction)
     assert torch.equal(second, direction @ layer.weight.t())
+
+
+def test_forward_mode_derivatives() -> None:
+    linear = pruned_linear(32, 16)
+    layer, x, direction = Linear24.from_linear(linear), torch.randn(2, 32).bfloat16(), torch.randn(2, 32).bfloat16()
+    expected = nn.functional.linear(direction, linear.weight)
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction)))
+        assert torch.equal(y, layer(x))
+        assert torch.equal(tangent, expected)
+        with pytest.raises(UnsupportedError, match="TrainableLinear24: forward-mode derivatives are not built"):
+            layer.trainable()(x)
+    y, tangent = torch.func.jvp(layer, (x,), (direction,))
+    assert torch.equal(y, layer(x))
+    assert torch.equal(tangent, expected)
 
 
 def test_a_training_step_moves_kept_weights_only() -> None:
@@ -340,6 +356,10 @@ def test_which_calls_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     with TorchDispatchMode():
         assert not ops.is_plain_call(x)
     with torch._subclasses.FakeTensorMode():
+        assert not ops.is_plain_call(x)
+    with torch.device("cpu"):
+        assert not ops.is_plain_call(x)
+    with torch.autograd.forward_ad.dual_level():
         assert not ops.is_plain_call(x)
     torch.vmap(lambda y: (plain.append(ops.is_plain_call(x)), y)[1])(torch.ones(2))
     torch.func.grad(lambda y: (plain.append(ops.is_plain_call(x)), y)[1])(torch.tensor(1.0))

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from twofour.errors import InputError
+from twofour.errors import InputError, UnsupportedError
 from twofour.nn import launch
 from twofour.nn.ops import is_plain_call
 from twofour.nn.packing import NAME_OF, Repacker, check_24, check_dtype, convert_packed, dense_of, pack_weight, packed_zeros, repack
@@ -99,7 +100,18 @@ class Linear24(nn.Module):
         assert packed is not None
         if is_plain_call(x) and x.shape[-1:] == (self.in_features,) and packed.device == x.device and launch.runs_on(x.device):
             return launch.linear(x, packed, bias, self.out_features, self.in_features)
+        if forward_ad._current_level >= 0:
+            return self._with_tangent(x)
         y: Tensor = torch.ops.twofour.linear24(x, packed, bias, self.out_features, self.in_features, self.dtype)
+        return y
+
+    def _with_tangent(self, x: Tensor) -> Tensor:
+        """The layer is linear, so the tangent goes through it too, without bias; PyTorch would drop it at an operator like ours."""
+        operands = self.out_features, self.in_features, self.dtype
+        primal, tangent = forward_ad.unpack_dual(x)
+        y: Tensor = torch.ops.twofour.linear24(primal, self.packed, self.bias, *operands)
+        if tangent is not None:
+            y = forward_ad.make_dual(y, torch.ops.twofour.linear24(tangent, self.packed, None, *operands))
         return y
 
     @property
@@ -241,10 +253,12 @@ class TrainableLinear24(nn.Module):
         """Return `x . (W * mask)^T + b`, `[..., out_features]`.
 
         Raises:
-            InputError: as `Linear24.forward`.
+            InputError: as `Linear24.forward`. UnsupportedError: inside a forward-mode `dual_level`.
         """
         if x.dtype is not self.compute_dtype:
             x = _autocast(x, self.compute_dtype, "TrainableLinear24")
+        if forward_ad._current_level >= 0:
+            raise UnsupportedError("TrainableLinear24: forward-mode derivatives are not built, expected backward ones; use Linear24")
         packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
         y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from twofour.errors import InputError
@@ -172,20 +173,23 @@ def _plain_keys() -> frozenset[int]:
 
 _PLAIN = _plain_keys()
 _included = torch._C._dispatch_tls_local_include_set
+_num_function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
 
 
 def is_plain_call(x: Tensor) -> bool:
     """Return whether an eager call on `x` may launch at once instead of through the dispatcher, which costs several microseconds.
 
-    False whenever anything could watch or change the operator: compilation, tracing, export, a dispatch mode, a functional transform, a
-    tensor subclass, a lazy negation, a gradient.
+    False whenever anything could watch or change the operator: compilation, tracing, export, a dispatch or function mode, a functional
+    transform, a tensor subclass, a lazy negation, a gradient, a tangent.
     """
     return (
         not _is_compiling()
         and type(x) is Tensor
         and x.is_cuda
         and _included().raw_repr() in _PLAIN
+        and not _num_function_modes()
+        and forward_ad._current_level < 0
         and not (x.requires_grad and torch.is_grad_enabled())
         and x.layout is torch.strided
         and not x.is_neg()
