@@ -108,10 +108,10 @@ class Linear24(nn.Module):
     def _with_tangent(self, x: Tensor) -> Tensor:
         """The layer is linear, so the tangent goes through it too, without bias; PyTorch would drop it at an operator like ours."""
         operands = self.out_features, self.in_features, self.dtype
-        primal, tangent = forward_ad.unpack_dual(x)
+        primal, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
         y: Tensor = torch.ops.twofour.linear24(primal, self.packed, self.bias, *operands)
         if tangent is not None:
-            y = forward_ad.make_dual(y, torch.ops.twofour.linear24(tangent, self.packed, None, *operands))
+            y = forward_ad.make_dual(y, torch.ops.twofour.linear24(tangent, self.packed, None, *operands))  # type: ignore[no-untyped-call]
         return y
 
     @property
