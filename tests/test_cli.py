@@ -184,7 +184,7 @@ def test_a_terminal_without_colour_gets_plain_text(tmp_path: Path) -> None:
 
 def test_names_are_not_markup_and_paths_are_not_wrapped(run, short_run: Compression) -> None:  # type: ignore[no-untyped-def]
     folder = Path("a [red]b[/b]")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     path = folder / "s.onnx"
     path.write_bytes((short_run.out / "sparse.onnx").read_bytes())
     assert str(path) in run("inspect", path).out
