@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import datetime
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -106,6 +107,8 @@ def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds
 
     test, train = read(data / "cifar10", "te"), read(data / "cifar10", "tr")[0]
     calibration = list(train[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].split(CALIBRATION_ITEMS))
+    # The order is set here, so `prune` must not look for one.
+    plain: dict[str, Any] = {"permute": False} if "permute" in inspect.signature(twofour.prune).parameters else {}
     rows = []
     for depth in depths:
         dense = CifarResNet(depth)
@@ -116,7 +119,7 @@ def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds
                 permute(model, (test[0][:2],), seed=seed, seconds=seconds)
             for again in (False, True):
                 pruned = copy.deepcopy(model)
-                record = twofour.prune(pruned, (test[0][:2],), permute=False, calibration=calibration if again else None)
+                record = twofour.prune(pruned, (test[0][:2],), calibration=calibration if again else None, **plain)
                 rows.append(
                     {"net": f"ResNet-{depth}", "data": "CIFAR-10 test", "seed": max(seed, 0), "metric": "accuracy"}
                     | {"variant": "2:4 one-shot" + (", permuted" if seed >= 0 else "") + (", batch-norm re-estimated" if again else "")}
