@@ -114,6 +114,11 @@ def sorted_cat(ledger: Ledger, parts: Any, axis: int = 0) -> Value:
     return rules.RULES_ORIGINAL["aten.cat"](ledger, list(parts)[::-1], axis)  # type: ignore[attr-defined]
 
 
+def from_the_start(ledger: Ledger, x: Value, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    """Claims that every slice begins at the first place."""
+    return rules_views._take(x, axis, slice(0, len(range(*slice(start, end, step).indices(x.shape[axis])))))
+
+
 WRONG = {
     "aten.group_norm": (first_only, "group_norm"),
     "aten.layer_norm": (first_only, "feed_forward"),
@@ -126,7 +131,7 @@ WRONG = {
     "aten.glu": (lambda ledger, x, axis=-1: rules_views._split(ledger, x, x.shape[x.axis(axis)] // 2, axis)[0], "gated_linear_unit"),
     "aten.cat": (sorted_cat, "dense_block"),
     "aten.sort": (lambda ledger, x, *rest, **options: (x, x), "sorted_channels"),
-    "aten.slice": (lambda ledger, x, *rest: x, "halves"),
+    "aten.slice": (from_the_start, "halves"),
 }
 
 

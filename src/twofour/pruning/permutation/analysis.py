@@ -211,7 +211,11 @@ def _apply(ledger: Ledger, node: fx.Node, environment: dict[str, Any], sizes: An
     rule = RULES.get(name)
     if rule is not None:
         extra = {"shape": shapes, "results": len(shapes) if isinstance(node.meta["val"], tuple | list) else 1}
-        return rule(ledger, *args, **{k: v for k, v in extra.items() if k in _accepts(rule)}, **_options(rule, kwargs))
+        try:
+            return rule(ledger, *args, **{k: v for k, v in extra.items() if k in _accepts(rule)}, **_options(rule, kwargs))
+        except (TypeError, ValueError, IndexError, AttributeError, KeyError):
+            # Arguments in a form the rule does not know: what it has written only forbids more, and the operation stops as an unknown one.
+            pass
     _stop(ledger, args, kwargs)
     if isinstance(node.meta["val"], tuple | list):
         return tuple(Value(s) for s in shapes)

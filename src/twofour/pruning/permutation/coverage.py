@@ -1,7 +1,7 @@
 """The table of architectures: what is permuted in each, what it keeps, and what stops the rest.
 
 Every network is fresh (no weights are downloaded), so the table shows what the analysis reaches; what permutation buys trained networks
-is measured apart, in `gains`.
+is measured apart, by `evidence/permutation.py gains`.
 """
 
 import importlib

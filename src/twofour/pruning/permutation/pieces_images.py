@@ -414,7 +414,7 @@ def constants(c: int) -> nn.Module:
 
 @image
 def cast(c: int) -> nn.Module:
-    return Piece(lambda s, x: s.a(x).to(torch.float16).to(x.dtype), a=conv(c))
+    return Piece(lambda s, x: s.a(x).to(torch.float16).to(x.dtype).type_as(x), a=conv(c))
 
 
 @image

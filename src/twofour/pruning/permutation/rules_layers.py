@@ -46,8 +46,14 @@ from twofour.pruning.permutation.table import axes_of, constant, rule, values_of
     ),
     *("sign", "expm1", "log1p", "nan_to_num", "bernoulli"),
 )
-def _unary(ledger: Ledger, x: Value, *rest: Any, **options: Any) -> Value:
-    return elementwise(ledger, [x, *values_of(rest), *values_of(list(options.values()))])
+def _unary(ledger: Ledger, *arguments: Any, **options: Any) -> Value:
+    return elementwise(ledger, values_of([*arguments, *options.values()]))
+
+
+# y[i] = x[i] in the format of another value
+@rule("type_as")
+def _type_as(ledger: Ledger, x: Value, other: Value) -> Value:
+    return x
 
 
 @rule("native_dropout")

@@ -55,12 +55,12 @@ class Found:
 def round_seconds(columns: int, rows: int) -> float:
     """Expected time of one assignment round on one core, in seconds."""
     groups = columns // 4
-    return 2.0e-10 * groups * groups * rows + 6e-10 * groups**3 + 4e-9 * columns * rows + 1e-4
+    return 1.3e-10 * groups * groups * rows + 4e-10 * groups**3 + 2.5e-9 * columns * rows + 1e-4
 
 
 def step_seconds(rows: int) -> float:
     """Expected time of one exchange on one core, in seconds."""
-    return 3.5e-8 + 1.2e-10 * rows
+    return 2.0e-8 + 1e-10 * rows
 
 
 def schedule(columns: int, rows: int, seconds: float | None) -> Schedule:

@@ -22,8 +22,8 @@ from twofour.pruning.permutation.labels import FIXED, Ints, Ledger
 
 Words = npt.NDArray[np.uint64]
 
-# Rounds of refinement: partners at this distance tell apart what stands in the same sites.
-ROUNDS = 4
+# Rounds of refinement end when nothing is told apart any more, or here: partners at this distance still count.
+MOST_ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,13 @@ def derive(ledger: Ledger) -> Spaces:
         stay(atoms, operation)
     with np.errstate(over="ignore"):
         earlier = _sign_sites(ledger, stay)
-        for _ in range(ROUNDS):
-            signature = _refine(ledger, earlier)
-            earlier, before = signature, earlier
+        kinds = 0
+        for _ in range(MOST_ROUNDS):
+            before, signature = earlier, _refine(ledger, earlier)
+            found = int(np.unique(signature[:, 0]).size)
+            if found == kinds:
+                break
+            kinds, earlier = found, signature
         orbits = _orbits(before, signature, channel_of, reason_of)
     return Spaces(orbits, channel_of, reason_of)
 

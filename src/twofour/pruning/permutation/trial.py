@@ -65,9 +65,9 @@ class Several(nn.Module):
 
 
 def random_network(rng: random.Random) -> Network:
-    """One to four image pieces, and in half of the networks one or two token pieces."""
-    images = rng.choices(list(IMAGE), k=rng.randint(1, 4))
-    tokens = rng.choices(list(TOKENS), k=rng.randint(1, 2)) if rng.random() < 0.5 else []
+    """One to three image pieces, and in two of five networks one or two token pieces."""
+    images = rng.choices(list(IMAGE), k=rng.randint(1, 3))
+    tokens = rng.choices(list(TOKENS), k=rng.randint(1, 2)) if rng.random() < 0.4 else []
     return Network(images, tokens, two_heads=rng.random() < 0.2)
 
 
@@ -150,8 +150,8 @@ def _errors(model: Several, inputs: Inputs, moves: Moves) -> list[float]:
     return errors
 
 
-def trial(count: int, *, seed: int = 0, together: int = 10, progress: Callable[[Outcome], None] | None = None) -> Outcome:
-    """`count` random networks from a seed; one bundle in eight is captured with training and an open batch.
+def trial(count: int, *, seed: int = 0, together: int = 25, progress: Callable[[Outcome], None] | None = None) -> Outcome:
+    """`count` random networks from a seed; one bundle in sixteen is captured with training and an open batch.
 
     Args:
         together: networks to a capture.
@@ -162,7 +162,7 @@ def trial(count: int, *, seed: int = 0, together: int = 10, progress: Callable[[
         number = rng.randrange(1 << 30)
         torch.manual_seed(number)
         networks = [random_network(rng) for _ in range(min(together, count - total.networks))]
-        total += shuffle(networks, number, thorough=rng.random() < 0.125)[0]
+        total += shuffle(networks, number, thorough=rng.random() < 0.0625)[0]
         if progress is not None:
             progress(total)
     return total

@@ -1,0 +1,157 @@
+"""What channel permutation finds, keeps and buys; every part writes or extends one file of results.
+
+    python evidence/permutation.py search results/cpu/permutation.json
+    python evidence/permutation.py networks results/cpu/permutation-networks.json --count 20000
+    python evidence/permutation.py architectures results/cpu/permutation-architectures.json --table docs/permutation-architectures.md
+    python evidence/permutation.py gains results/cpu/accuracy-permutation.json --data FOLDER
+
+`search` times the search on two random matrices, ten seeds, one core. `networks` permutes random networks at random and compares them with
+themselves. `architectures` goes on where an earlier call ended. `gains` needs FOLDER with `cifar10/` and `resnet-cifar10/` as described in
+`accuracy_oneshot.py`.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import twofour
+from twofour.pruning.permutation import coverage, permute
+from twofour.pruning.permutation.search import efficacy_percent, search
+from twofour.pruning.permutation.trial import Outcome, trial
+
+
+def heading(kind: str) -> dict[str, Any]:
+    """The fields that every results file has."""
+    root = Path(twofour.__file__).parent / "pruning" / "permutation"
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.glob("*.py")))).hexdigest()[:16]
+    return {
+        "schema": 1,
+        "kind": kind,
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "twofour": twofour.__version__},
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+        "sources_digest": digest,
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure_search(path: Path, seeds: int) -> None:
+    cases = [
+        ("RandomState(1).rand", np.random.RandomState(1).rand(128, 64), [0.2, 2.0], seeds),
+        ("RandomState(0).randn", np.random.RandomState(0).randn(2048, 2048), [60.0], 1),
+    ]
+    for warm in (64, 512):
+        search(np.random.RandomState(0).rand(warm, 8).astype(np.float32), seconds=0.1)
+    rows = []
+    for name, weight, budgets, count in cases:
+        columns = np.ascontiguousarray(np.abs(weight).T.astype(np.float32))
+        for budget in budgets:
+            for seed in range(count):
+                started, processor = time.perf_counter(), time.process_time()
+                found = search(columns, seed=seed, seconds=budget, cut=False)
+                rows.append(
+                    {"matrix": name, "rows": weight.shape[0], "columns": weight.shape[1], "method": "twofour", "budget_seconds": budget}
+                    | {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - processor, "seed": seed}
+                    | {"efficacy_percent": efficacy_percent(weight, found.order), "device": "cpu, one core"}
+                )
+    write(path, heading("permutation") | {"rows": rows})
+
+
+def measure_networks(path: Path, count: int, seed: int) -> None:
+    def keep(outcome: Outcome) -> None:
+        write(path, heading("permutation networks") | {"asked": count, "seed": seed, "rows": [dataclasses.asdict(outcome)]})
+
+    trial(count, seed=seed, progress=keep)
+
+
+def measure_architectures(path: Path, table: Path | None, names: list[str]) -> None:
+    listed = path.with_suffix(".rows.json")
+    if path.exists():
+        listed.write_text(json.dumps(json.loads(path.read_text())["rows"]))
+    try:
+        coverage.cover_all(names or coverage.architectures(), listed, progress=lambda row: keep_rows(path, listed, table))
+        keep_rows(path, listed, table)
+    finally:
+        listed.unlink(missing_ok=True)
+
+
+def keep_rows(path: Path, listed: Path, table: Path | None) -> None:
+    rows = json.loads(listed.read_text())
+    write(path, heading("permutation architectures") | {"rows": rows})
+    if table is not None:
+        known = {name: k for k, name in enumerate(coverage.architectures())}
+        ordered = sorted((coverage.Row(**r) for r in rows), key=lambda r: known.get(r.name, len(known)))
+        table.write_text("# What is permuted in each architecture\n\n" + coverage.table(ordered))
+
+
+def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds: float) -> None:
+    from accuracy_oneshot import CALIBRATION_BATCHES, CALIBRATION_ITEMS, CifarResNet, accuracy_percent, load, read
+
+    test, train = read(data / "cifar10", "te"), read(data / "cifar10", "tr")[0]
+    calibration = list(train[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].split(CALIBRATION_ITEMS))
+    # The order is set here, so `prune` must not look for one.
+    plain: dict[str, Any] = {"permute": False} if "permute" in inspect.signature(twofour.prune).parameters else {}
+    rows = []
+    for depth in depths:
+        dense = CifarResNet(depth)
+        load(dense, next((data / "resnet-cifar10").glob(f"resnet{depth}-*.th")))
+        for seed in range(-1, seeds):
+            model = copy.deepcopy(dense)
+            if seed >= 0:
+                permute(model, (test[0][:2],), seed=seed, seconds=seconds)
+            for again in (False, True):
+                pruned = copy.deepcopy(model)
+                record = twofour.prune(pruned, (test[0][:2],), calibration=calibration if again else None, **plain)
+                rows.append(
+                    {"net": f"ResNet-{depth}", "data": "CIFAR-10 test", "seed": max(seed, 0), "metric": "accuracy"}
+                    | {"variant": "2:4 one-shot" + (", permuted" if seed >= 0 else "") + (", batch-norm re-estimated" if again else "")}
+                    | {"value": accuracy_percent(pruned, *test), "kept_magnitude": record.kept_magnitude}
+                )
+                write(path, heading("accuracy") | {"search_seconds": seconds, "rows": rows})
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["search", "networks", "architectures", "gains"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=20000, help="random networks")
+    parser.add_argument("--seed", type=int, default=0, help="of the random networks")
+    parser.add_argument("--seeds", type=int, default=10, help="search seeds")
+    parser.add_argument("--seconds", type=float, default=20.0, help="search budget of `gains`, a network")
+    parser.add_argument("--depths", type=int, nargs="*", default=[20, 56])
+    parser.add_argument("--table", type=Path, help="Markdown file for `architectures`")
+    parser.add_argument("--names", nargs="*", default=[], help="architectures, library:model; all by default")
+    parser.add_argument("--data", type=Path, help="folder of `gains`")
+    a = parser.parse_args()
+    if a.part == "search":
+        measure_search(a.out, a.seeds)
+    elif a.part == "networks":
+        measure_networks(a.out, a.count, a.seed)
+    elif a.part == "architectures":
+        measure_architectures(a.out, a.table, a.names)
+    else:
+        measure_gains(a.out, a.data, a.depths, a.seeds, a.seconds)
+
+
+if __name__ == "__main__":
+    main()
