@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -102,7 +103,15 @@ def main() -> None:
             for line in missing:
                 sys.stdout.write(f"{tokens:5} x {inputs} -> {outputs}  {line}\n")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "calls": options.calls, "rows": rows}, indent=1) + "\n")
+        command = f"python benchmarks/nn_call_time.py --json {options.json}"
+        head = {
+            "schema": 1,
+            "kind": "call-time",
+            "machine": machine,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+        }
+        options.json.write_text(json.dumps({**head, "calls_a_batch": options.calls, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

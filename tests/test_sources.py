@@ -183,3 +183,33 @@ def test_a_checkpoint_without_batch_counts_is_read(tmp_path: Path) -> None:
     load_weights(model, tmp_path / "old.pt")
     assert model.running_mean is not None
     assert model.running_mean.tolist() == [2.0] * 3
+
+
+TORCHVISION = """
+import pathlib, sys
+package = pathlib.Path(sys.argv[1]) / "torchvision"
+package.mkdir()
+(package / "__init__.py").write_text(sys.argv[2])
+sys.path.insert(0, sys.argv[1])
+sys.modules.pop("torchvision", None)
+from twofour.sources.torchvision_compat import import_torchvision
+assert import_torchvision().ready
+assert import_torchvision().ready
+"""
+# What the two kinds of installation do when they are imported: the compiled part declares the operators, or the Python part misses them.
+COMPILED = "import torch; torch.library.define('torchvision::nms', '(Tensor a) -> Tensor'); ready = True"
+FOREIGN = """
+import torch
+torch.library.register_fake("torchvision::nms")(lambda *a: None)
+torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "Meta")
+ready = True
+"""
+
+
+@pytest.mark.parametrize("source", [COMPILED, FOREIGN], ids=["its own torch", "another torch"])
+def test_torchvision_imports_beside_its_own_torch_and_beside_another(tmp_path: Path, source: str) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", TORCHVISION, str(tmp_path), source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -52,6 +52,8 @@ __all__ = ["__version__", *sorted(_ROOM_OF)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("twofour.nn")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'twofour' has no attribute {name!r}")
     return getattr(importlib.import_module(f"twofour.{_ROOM_OF[name]}"), name)
