@@ -1,6 +1,7 @@
 """A Problem and a Config made callable on device pointers. Needs neither torch nor a compiler once the cubin is cached."""
 
 import struct
+import threading
 from functools import lru_cache
 
 from twofour.errors import InputError, UnsupportedError
@@ -16,7 +17,7 @@ _POINTERS = struct.Struct("<128s128s7Q")
 _SIZES = struct.Struct("<13i10I")
 _PARAMS_BYTES = 448
 BOX_OUTPUTS = 64
-_KEPT_MAPS = 64
+_KEPT_MAPS = 1024  # address pairs a product remembers; all layers of one size share it
 
 
 def divisor(value: int) -> tuple[int, int]:
@@ -81,6 +82,7 @@ class Gemm:
         params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
         self._launcher = driver.Launcher(kernel, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
         self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self._encoding = threading.Lock()
         tuned, config = self.config.kernel == "tuned", self.config
         self._x_box = config.tile_tokens if tuned else 64
         warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
@@ -124,7 +126,8 @@ class Gemm:
         p = self.problem
         x_map = driver.encode_rows(x, p.tokens, p.inputs, self._x_box, BLOCK_K, p.dtype)
         d_map = driver.encode_rows(d, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype) if self._d_box else bytes(128)
-        if len(self._maps) >= _KEPT_MAPS:
-            self._maps.clear()
-        self._maps[x, d] = x_map, d_map
+        with self._encoding:
+            while len(self._maps) >= _KEPT_MAPS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[x, d] = x_map, d_map
         return x_map, d_map
