@@ -56,7 +56,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def measure_search(path: Path, seeds: int) -> None:
     cases = [
         ("RandomState(1).rand", np.random.RandomState(1).rand(128, 64), [0.2, 2.0], seeds),
-        ("RandomState(0).randn", np.random.RandomState(0).randn(2048, 2048), [60.0], 1),
+        ("RandomState(0).randn", np.random.RandomState(0).randn(2048, 2048), [60.0], seeds),
     ]
     for warm in (64, 512):
         search(np.random.RandomState(0).rand(warm, 8).astype(np.float32), seconds=0.1)
