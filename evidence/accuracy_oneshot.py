@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--permute", action="store_true", help="reorder channels first")
     arguments = parser.parse_args()
     test, train = read(arguments.folder / "cifar10", "te"), read(arguments.folder / "cifar10", "tr")[0]
     # The classes are interleaved, so any stretch of the training images holds all of them.
@@ -108,7 +109,9 @@ def main() -> None:
             load(model, arguments.folder / "resnet-cifar10" / weights)
             note = ""
             if variant != "dense":
-                note = str(twofour.prune(model, (test[0][:2],), calibration=calibration if "re-estimated" in variant else None))
+                batches = calibration if "re-estimated" in variant else None
+                note = str(twofour.prune(model, (test[0][:2],), permute=arguments.permute, calibration=batches))
+                variant += ", permuted" if arguments.permute else ""
             value = accuracy_percent(model, *test)
             rows.append(
                 {"net": f"ResNet-{depth}", "data": "CIFAR-10 test", "seed": None, "variant": variant, "metric": "accuracy", "value": value}
@@ -119,7 +122,7 @@ def main() -> None:
         "kind": "accuracy",
         "machine": {"cpu": platform.machine(), "torch": torch.__version__, "twofour": twofour.__version__},
         "date": datetime.date.today().isoformat(),
-        "command": f"python evidence/accuracy_oneshot.py FOLDER {arguments.out}",
+        "command": f"python evidence/accuracy_oneshot.py FOLDER {arguments.out}{' --permute' if arguments.permute else ''}",
         "calibration": {"batches": CALIBRATION_BATCHES, "items": CALIBRATION_ITEMS, "split": "train, first images, no augmentation"},
         "sources_digest": sources_digest(),
         "rows": rows,
