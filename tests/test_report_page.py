@@ -319,7 +319,10 @@ def test_a_missing_partner_leaves_a_dash_and_no_difference() -> None:
 def test_a_loss_that_is_not_finite_still_gives_a_page() -> None:
     report = sample(seeds=1, epochs=1)
     rows = [row.model_copy(update={"epochs": [row.epochs[0].model_copy(update={"loss": math.nan})]}) for row in report.training]
-    taken_apart(render(report.model_copy(update={"training": rows})))
+    text = render(report.model_copy(update={"training": rows}))
+    taken_apart(text)
+    assert report.statement in text
+    assert "<svg" in text
 
 
 def test_the_same_record_gives_the_same_page() -> None:

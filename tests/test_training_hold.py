@@ -496,8 +496,10 @@ def test_a_new_optimizer_after_a_reordering_is_taken_and_marked() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with hold(model, optimizer, pruning, orders=orders_of()):
         steps(model, optimizer, range(2))
-    with hold(model, optimizer, pruning, orders=orders_of()):  # its state is of the new order: the mark says so
+    with hold(model, optimizer, pruning, orders=orders_of()) as held:  # its state is of the new order: the mark says so
         steps(model, optimizer, range(1))
+        assert held.num_steps == 1
+        assert not any(held.violations().values())
 
 
 def test_nothing_to_hold_and_the_wrong_optimizer_are_refused() -> None:
