@@ -150,7 +150,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     dense = resnet50()
-    pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),))
+    pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),), permute=False)
     ways = ("ddp", "fsdp2") if dist.is_initialized() else ("one process",)
     rows = [run(way, dense, pruning, device, settings) for way in ways]
     if rank == 0:

@@ -6,8 +6,8 @@
     python evidence/permutation.py gains results/cpu/accuracy-permutation.json --data FOLDER
 
 `search` times the search on two random matrices, ten seeds, one core. `networks` permutes random networks at random and compares them with
-themselves. `architectures` goes on where an earlier call ended. `gains` needs FOLDER with `cifar10/` and `resnet-cifar10/` as described in
-`accuracy_oneshot.py`.
+themselves. `networks` and `architectures` use `--jobs` processes and go on where an earlier call of the same sources ended. `gains` needs
+FOLDER with `cifar10/` and `resnet-cifar10/` as described in `accuracy_oneshot.py`.
 """
 
 import argparse
@@ -22,16 +22,21 @@ import platform
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress, TimeElapsedColumn
 
 import twofour
 from twofour.pruning.permutation import coverage, permute
 from twofour.pruning.permutation.search import efficacy_percent, search
-from twofour.pruning.permutation.trial import Outcome, trial
+from twofour.pruning.permutation.trial import trial
+
+CHUNK = 100  # random networks of one seed
 
 
 def heading(kind: str) -> dict[str, Any]:
@@ -75,31 +80,55 @@ def measure_search(path: Path, seeds: int) -> None:
     write(path, heading("permutation") | {"rows": rows})
 
 
-def measure_networks(path: Path, count: int, seed: int) -> None:
-    def keep(outcome: Outcome) -> None:
-        write(path, heading("permutation networks") | {"asked": count, "seed": seed, "rows": [dataclasses.asdict(outcome)]})
-
-    trial(count, seed=seed, progress=keep)
-
-
-def measure_architectures(path: Path, table: Path | None, names: list[str]) -> None:
-    listed = path.with_suffix(".rows.json")
-    if path.exists():
-        listed.write_text(json.dumps(json.loads(path.read_text())["rows"]))
-    try:
-        coverage.cover_all(names or coverage.architectures(), listed, progress=lambda row: keep_rows(path, listed, table))
-        keep_rows(path, listed, table)
-    finally:
-        listed.unlink(missing_ok=True)
+def earlier_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted call: those of a file that the present sources wrote."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return list(content["rows"]) if content["sources_digest"] == heading(kind)["sources_digest"] else []
 
 
-def keep_rows(path: Path, listed: Path, table: Path | None) -> None:
-    rows = json.loads(listed.read_text())
-    write(path, heading("permutation architectures") | {"rows": rows})
-    if table is not None:
-        known = {name: k for k, name in enumerate(coverage.architectures())}
-        ordered = sorted((coverage.Row(**r) for r in rows), key=lambda r: known.get(r.name, len(known)))
-        table.write_text("# What is permuted in each architecture\n\n" + coverage.table(ordered))
+def networks_of_seed(seed: int, count: int) -> dict[str, Any]:
+    """Return the outcome of `count` random networks."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return {"seed": seed, **dataclasses.asdict(trial(count, seed=seed))}
+
+
+def measure_networks(path: Path, count: int, seed: int, jobs: int) -> None:
+    rows = earlier_rows(path, "permutation networks")
+    done = {row["seed"] for row in rows}
+    sizes = {seed + k: min(CHUNK, count - k * CHUNK) for k in range(-(-count // CHUNK))}
+    left = {s: n for s, n in sizes.items() if s not in done}
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        task = bar.add_task("random networks", total=count, completed=count - sum(left.values()))
+        for future in as_completed([pool.submit(networks_of_seed, s, n) for s, n in left.items()]):
+            rows.append(future.result())
+            bar.advance(task, rows[-1]["networks"])
+            total = {
+                "networks": sum(r["networks"] for r in rows),
+                "permuted": sum(r["permuted"] for r in rows),
+                "worst": max(r["worst"] for r in rows),
+                "failures": [failure for r in rows for failure in r["failures"]],
+            }
+            write(path, heading("permutation networks") | {"total": total, "rows": sorted(rows, key=lambda r: r["seed"])})
+
+
+def measure_architectures(path: Path, table: Path | None, names: list[str], jobs: int) -> None:
+    known = [coverage.Row(**r) for r in earlier_rows(path, "permutation architectures")]
+    names = names or coverage.architectures()
+    place = {name: k for k, name in enumerate(coverage.architectures())}
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
+        task = bar.add_task("architectures", total=len(names), completed=len(known))
+
+        def keep(rows: list[coverage.Row]) -> None:
+            rows = sorted(rows, key=lambda r: place.get(r.name, len(place)))
+            write(path, heading("permutation architectures") | {"rows": [dataclasses.asdict(r) for r in rows]})
+            if table is not None:
+                table.write_text("# What is permuted in each architecture\n\n" + coverage.table(rows))
+            bar.update(task, completed=len(rows))
+
+        keep(coverage.cover_all(names, known, jobs=jobs, progress=keep))
 
 
 def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds: float) -> None:
@@ -136,6 +165,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=20000, help="random networks")
     parser.add_argument("--seed", type=int, default=0, help="of the random networks")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of `networks` and `architectures`")
     parser.add_argument("--seeds", type=int, default=10, help="search seeds")
     parser.add_argument("--seconds", type=float, default=20.0, help="search budget of `gains`, a network")
     parser.add_argument("--depths", type=int, nargs="*", default=[20, 56])
@@ -146,9 +176,9 @@ def main() -> None:
     if a.part == "search":
         measure_search(a.out, a.seeds)
     elif a.part == "networks":
-        measure_networks(a.out, a.count, a.seed)
+        measure_networks(a.out, a.count, a.seed, a.jobs)
     elif a.part == "architectures":
-        measure_architectures(a.out, a.table, a.names)
+        measure_architectures(a.out, a.table, a.names, a.jobs)
     else:
         measure_gains(a.out, a.data, a.depths, a.seeds, a.seconds)
 

@@ -119,6 +119,10 @@ class Gemm:
                     raise InputError(f"the epilogue adds {name}, expected its address, got none; pass {name}=")
         if self.plan.workspace_bytes and not workspace:
             raise InputError(f"this schedule needs {self.plan.workspace_bytes} bytes of workspace, got none; allocate it zeroed once")
+        self.enqueue(x, weight, d, scale, bias, residual, workspace, stream)
+
+    def enqueue(self, x: int, weight: int, d: int, scale: int, bias: int, residual: int, workspace: int, stream: int) -> None:
+        """Launch as a call does, without looking at the addresses: for callers who made sure of them."""
         x_map, d_map = self._maps.get((x, d)) or self._encode(x, d)
         self._launcher.launch(_POINTERS.pack_into, (x_map, d_map, weight, d, scale, bias, residual, workspace, x), stream)
 
