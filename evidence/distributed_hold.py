@@ -164,7 +164,8 @@ def main() -> None:
                 "twofour": twofour.__version__,
             },
             "date": datetime.date.today().isoformat(),
-            "command": f"torchrun --nproc-per-node {rows[0]['processes']} evidence/distributed_hold.py {settings.out}",
+            "command": (f"torchrun --nproc-per-node {dist.get_world_size()}" if dist.is_initialized() else "python")
+            + f" evidence/distributed_hold.py {settings.out}",
             "rows": rows,
         }
         settings.out.parent.mkdir(parents=True, exist_ok=True)
