@@ -90,17 +90,30 @@ def _prune_model(
     from twofour.errors import InputError
     from twofour.pruning import prune, reestimate_batchnorm
     from twofour.pruning.calibration import tracked_norms
+    from twofour.pruning.methods import METHODS
+    from twofour.pruning.methods.method import find_method
     from twofour.sources import load_weights, resolve_model, resolve_task
     from twofour.training import Checkpoint, calibration_batches, evaluate
 
     if data is None or weights is None:
         missing = "data given, expected --data NAME" if data is None else "weights given, expected --weights FILE with the dense network"
         raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {name!r}")
+    chosen = find_method(method, METHODS)
     task = resolve_task(data)
     module = resolve_model(name).make(task.num_classes)
     load_weights(module, weights)
     told = [f"dense {evaluate(module, task):.2f}"]
-    record = prune(module, task.example_inputs(), method=method, permute=permute, pattern=pattern, include=include, exclude=exclude)
+    record = prune(
+        module,
+        task.example_inputs(),
+        method=method,
+        permute=permute,
+        pattern=pattern,
+        include=include,
+        exclude=exclude,
+        calibration=list(calibration_batches(task)) if chosen.is_calibrated else None,
+        reestimate=False,
+    )
     metric = evaluate(module, task)
     told.append(f"one-shot {record.pattern} {metric:.2f}")
     if tracked_norms(module):
