@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from twofour.pruning import Pruning as Pruning
     from twofour.pruning import permute as permute
     from twofour.pruning import prune as prune
+    from twofour.pruning import prune_blocks as prune_blocks
     from twofour.pruning import prune_files as prune_files
     from twofour.report import measure as measure
     from twofour.runtime import Engine as Engine
@@ -44,6 +45,7 @@ _ROOM_OF = {
     "measure": "report",
     "permute": "pruning",
     "prune": "pruning",
+    "prune_blocks": "pruning",
     "prune_files": "pruning",
     "train": "training",
 }

@@ -73,7 +73,8 @@ def out_of_memory(batch: Any, layer: str) -> InputError:
     tensor = next((t for t in _tensors(batch) if t.ndim), None)
     items = tensor.shape[0] if tensor is not None else 1
     cure = f"use batches of {items // 2} or fewer" if items > 1 else "use shorter items, or the block-by-block way"
-    return InputError(f"calibration ran out of memory at layer {layer or 'of the model'!r} with batches of {items} items; {cure}")
+    at = f"layer {layer!r}" if layer else "the model"
+    return InputError(f"calibration ran out of memory at {at} with batches of {items} items; {cure}")
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -82,6 +83,18 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected: str = "") -> InputError:
+    """Return what a user should read when batch `number` could not be run: one sentence that names the batch and, if known, the layer."""
+    if isinstance(error, TwofourError):
+        return InputError(f"calibration: batch {number}: {error}")
+    if is_out_of_memory(error):
+        return out_of_memory(batch, layer)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    at = f" (at layer {layer!r})" if layer else ""
+    wanted = f", expected inputs such as {expected}" if expected else ""
+    return InputError(f"calibration: batch {number} of {shapes_of(batch)} cannot run{at}: {reason}{wanted}; check the data")
 
 
 def run_batch(
@@ -94,26 +107,18 @@ def run_batch(
     expected: str = "",
     where: Callable[[], str] = lambda: "",
 ) -> None:
-    """Run the model on one batch; whatever goes wrong is one sentence that names the batch and, where known, the layer.
+    """Run the model on one batch.
 
     Raises:
-        InputError: the model cannot run the batch, or there is no memory for it.
+        InputError: the model cannot run the batch, or there is no memory for it; `refusal` says it.
     """
     try:
         call(model, batch, num_inputs, device)
-    except TwofourError as error:
-        raise InputError(f"calibration: batch {number}: {error}") from error
     # A model raises whatever its own code meets on inputs it was not made for.
     except Exception as error:
-        layer = where()
-        if is_out_of_memory(error):
-            raise out_of_memory(batch, layer) from error
         if "more than 1 value per channel" in str(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        at = f" (at layer {layer!r})" if layer else ""
-        wanted = f", expected inputs such as {expected}" if expected else ""
-        raise InputError(f"calibration: batch {number} of {shapes_of(batch)} cannot run{at}: {reason}{wanted}; check the data") from error
+        raise refusal(error, batch, number, where(), expected) from error
 
 
 def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
