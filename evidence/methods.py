@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from accuracy_oneshot import CALIBRATION_BATCHES, CALIBRATION_ITEMS, CifarResNet, accuracy_percent, load, read
+from accuracy_oneshot import CifarResNet, accuracy_percent, load, read
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ from twofour.pruning.methods import METHODS
 from twofour.sources.torchvision_compat import import_torchvision
 
 NETWORKS = {"ResNet-20": "resnet20-12fca82f.th", "MiniLM-L6": "model.fp16.safetensors", "ResNet-56": "resnet56-4bfd9763.th"}
+CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
 SEARCH_SECONDS = 20.0
 SENTENCES = 1024
 
@@ -65,7 +66,7 @@ def resnet(folder: Path, net: str) -> tuple[nn.Module, tuple[Any, ...], list[Any
     """Return network, example inputs, calibration batches, metric and options of `prune`."""
     model = CifarResNet(int(net.rpartition("-")[2]))
     load(model, folder / "resnet-cifar10" / NETWORKS[net])
-    train = read(folder / "cifar10", "tr")[0][: CALIBRATION_BATCHES * CALIBRATION_ITEMS].clone()
+    train = read(folder / "cifar10", "tr", 1)[0][: CALIBRATION_BATCHES * CALIBRATION_ITEMS].clone()
     test = read(folder / "cifar10", "te")
     return model.eval(), (train[:2],), list(train.split(CALIBRATION_ITEMS)), lambda m: accuracy_percent(m, *test), {}
 
@@ -143,9 +144,10 @@ def measure(folder: Path, net: str, method: str, permuted: bool) -> list[dict[st
 
 
 def sources_digest() -> str:
-    """Return a digest of the code that chooses masks, values and orders."""
+    """Return a digest of the code that chooses masks and values."""
     root = Path(twofour.__file__).parent
-    files = sorted([*root.glob("pattern/*.py"), *root.glob("pruning/*.py"), *root.glob("pruning/methods/*.py")])
+    chosen = ("statistics", "decide", "magnitude", "eligibility", "calibration")
+    files = sorted([*root.glob("pattern/*.py"), *root.glob("pruning/methods/*.py"), *(root / f"pruning/{name}.py" for name in chosen)])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
