@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from twofour.pruning import prune as prune
     from twofour.pruning import prune_blocks as prune_blocks
     from twofour.pruning import prune_files as prune_files
+    from twofour.pruning import prune_within as prune_within
+    from twofour.pruning import sensitivity as sensitivity
     from twofour.report import measure as measure
     from twofour.runtime import Engine as Engine
     from twofour.runtime import load as load
@@ -47,6 +49,8 @@ _ROOM_OF = {
     "prune": "pruning",
     "prune_blocks": "pruning",
     "prune_files": "pruning",
+    "prune_within": "pruning",
+    "sensitivity": "pruning",
     "train": "training",
 }
 

@@ -6,15 +6,20 @@ from twofour.pruning.calibration import reestimate_batchnorm
 from twofour.pruning.files import prune_files
 from twofour.pruning.permutation import Permutation, permute
 from twofour.pruning.record import LayerRecord, Pruning
+from twofour.pruning.sensitivity import Budgeted, Sensitivity, prune_within, sensitivity
 
 __all__ = [
+    "Budgeted",
     "LayerRecord",
     "Permutation",
     "Pruning",
+    "Sensitivity",
     "eligible_names",
     "permute",
     "prune",
     "prune_blocks",
     "prune_files",
+    "prune_within",
     "reestimate_batchnorm",
+    "sensitivity",
 ]

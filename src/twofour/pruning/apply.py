@@ -1,7 +1,8 @@
 """`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from twofour.pruning.capture import execute
 from twofour.pruning.decide import Calibration, Report, decide, permutation_scores, require_calibration
 from twofour.pruning.eligibility import examine
 from twofour.pruning.methods import METHODS, Choice
-from twofour.pruning.methods.method import find_method
+from twofour.pruning.methods.method import Method, find_method
 from twofour.pruning.permutation import Permutation, carried, undo
 from twofour.pruning.permutation import permute as permute_channels
 from twofour.pruning.record import LayerRecord, Pruning
@@ -59,33 +60,87 @@ def prune(
             the meta device or sharded over processes; calibration that is missing, does not fit the model, holds NaN, never reaches a
             layer, reaches it with too few rows or does not fit in memory.
     """
-    chosen = find_method(method, METHODS)
-    require_calibration(method, chosen, calibration)
-    pattern = Pattern.parse(pattern)
+    ready = prepare(model, example_inputs, method, permute, pattern, include, exclude, calibration, progress)
+    with undone_on_failure(model, ready):
+        choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
+        record = recorded(model, ready, method, choices)
+        statistics = ready.calibration.batches if ready.calibration is not None and reestimate else None
+        write(model, choices, statistics, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
+    return replace(record, notes=tuple(ready.notes))
+
+
+@dataclass
+class Prepared:
+    """A model checked and, if asked for, reordered: what is to be chosen, and how.
+
+    Attributes:
+        records: one a weight, pruned or dense with the reason.
+        notes: grows while work goes on.
+        permutation, earlier: the reordering just made, and the one that the model carried before.
+    """
+
+    method: Method
+    pattern: Pattern
+    records: list[LayerRecord]
+    notes: list[str]
+    calibration: Calibration | None
+    permutation: Permutation | None = None
+    earlier: Permutation | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The weights to prune."""
+        return [record.name for record in self.records if record.eligible]
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    method: str,
+    permute: bool | float,
+    pattern: str | Pattern,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    calibration: Iterable[Any] | None,
+    progress: Report | None = None,
+) -> Prepared:
+    """Check all that can be checked, and reorder the channels. Arguments and errors as of `prune`."""
+    how = find_method(method, METHODS)
+    require_calibration(method, how, calibration)
+    parsed = Pattern.parse(pattern)
     parameters = dict(model.named_parameters())
-    records, notes = survey(model, example_inputs, pattern=pattern, include=include, exclude=exclude)
-    names = [record.name for record in records if record.eligible]
-    for name in names:
+    records, notes = survey(model, example_inputs, pattern=parsed, include=include, exclude=exclude)
+    given = None if calibration is None else Calibration(reusable(calibration), example_inputs)
+    ready = Prepared(how, parsed, records, notes, given, earlier=carried(model))
+    for name in ready.names:
         if not is_finite(parameters[name].detach()):
             raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
-    given = None if calibration is None else Calibration(reusable(calibration), example_inputs)
-    permutation, earlier = None, carried(model)
-    if permute is not False and str(pattern) == "2:4":
-        scores = permutation_scores(model, names, chosen, given, progress)
+    if permute is not False and str(parsed) == "2:4":
+        scores = permutation_scores(model, ready.names, how, given, progress)
         seconds = None if permute is True else float(permute)
-        permutation = permute_channels(model, example_inputs, targets=dict.fromkeys(names, 1), scores=scores, seconds=seconds)
-        notes += [f"permutation: {note}" for note in (permutation.reason, *permutation.notes) if note]
+        targets = dict.fromkeys(ready.names, 1)
+        ready.permutation = permute_channels(model, example_inputs, targets=targets, scores=scores, seconds=seconds)
+        notes += [f"permutation: {note}" for note in (ready.permutation.reason, *ready.permutation.notes) if note]
+    return ready
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, ready: Prepared) -> Iterator[None]:
+    """Run the body; if it fails, put every channel back where it was."""
     try:
-        choices = decide(model, names, chosen, pattern, given, progress)
-        layers = [_decided(record, choices.get(record.name), parameters[record.name], permutation) for record in records]
-        notes += [f"{name}: {note}" for name, choice in choices.items() for note in choice.notes]
-        statistics = given.batches if given is not None and reestimate else None
-        write(model, choices, statistics, len(example_inputs), notes, used=chosen.is_calibrated)
+        yield
     except BaseException:
-        if permutation is not None:
-            undo(model, permutation, earlier)
+        if ready.permutation is not None:
+            undo(model, ready.permutation, ready.earlier)
         raise
-    return Pruning(method, tuple(layers), {name: choice.mask for name, choice in choices.items()}, tuple(notes), str(pattern))
+
+
+def recorded(model: nn.Module, ready: Prepared, method: str, choices: Mapping[str, Choice]) -> Pruning:
+    """Return the record of the choices, before they are written."""
+    parameters = dict(model.named_parameters())
+    layers = [_decided(r, choices.get(r.name), parameters[r.name], ready.permutation) for r in ready.records]
+    ready.notes += [f"{name}: {note}" for name, choice in choices.items() for note in choice.notes]
+    return Pruning(method, tuple(layers), {name: choice.mask for name, choice in choices.items()}, pattern=str(ready.pattern))
 
 
 def _decided(record: LayerRecord, choice: Choice | None, weight: Tensor, permutation: Permutation | None) -> LayerRecord:
