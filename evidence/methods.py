@@ -130,11 +130,11 @@ def measure(folder: Path, net: str, method: str, permuted: bool) -> list[dict[st
     permute: bool | float = SEARCH_SECONDS if permuted else False
     given = calibration if METHODS[method].is_calibrated else None
     with Sampler() as memory:
-        start = time.perf_counter()
+        start = time.process_time()
         record = twofour.prune(model, example, method=method, permute=permute, calibration=given, reestimate=False, **options)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     errors = [layer.output_error for layer in record.pruned if layer.output_error is not None]
-    head |= {"method": method, "permuted": permuted, "seconds": round(seconds, 2), "peak_bytes": memory.peak - memory.before}
+    head |= {"method": method, "permuted": permuted, "cpu_seconds": round(seconds, 2), "peak_bytes": memory.peak - memory.before}
     head |= {"pruning": str(record), "mean_output_error": round(sum(errors) / len(errors), 6) if errors else None}
     found = [{**head, "variant": "2:4 one-shot", "value": metric(model)}]
     if not texts:

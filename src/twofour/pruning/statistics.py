@@ -61,6 +61,11 @@ class Statistics:
             self.hessian += x.T @ x
         self.squares.copy_(self.hessian.diagonal())
 
+    def add_squares(self, squares: Tensor, rows: int) -> None:
+        """Add sums over `rows` rows, where XᵀX is not wanted; `squares` `[columns]`."""
+        self.rows += rows
+        self.squares += squares
+
     def norms(self) -> Tensor:
         """Return ‖X_j‖₂ of every column, `[columns]`."""
         return self.squares.sqrt()
@@ -89,27 +94,29 @@ def unflatten(matrix: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
-def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[Tensor]:
-    """Give the input of a convolution as matrices `[items · output pixels, positions · in]`, columns in the order of `flatten`."""
+def taps(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[Tensor]:
+    """Give, for every kernel position in the order of `flatten`, what it multiplies: views of the padded input, `[items, in, *pixels]`."""
     dims = len(module.kernel_size)
     x = x if x.ndim == dims + 2 else x.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = [
-        (length - dilation * (kernel - 1) - 1) // stride + 1
-        for length, kernel, stride, dilation in zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
-    ]
-    offsets = list(product(*(range(k) for k in module.kernel_size)))
-    per_item = len(offsets) * x.shape[1] * int(torch.Size(sizes).numel())
+    axes = list(zip(module.kernel_size, module.dilation, module.stride, x.shape[2:], strict=True))
+    sizes = [(length - dilation * (kernel - 1) - 1) // stride + 1 for kernel, dilation, stride, length in axes]
+    for offset in product(*(range(kernel) for kernel in module.kernel_size)):
+        window = [
+            slice(at * dilation, at * dilation + stride * (size - 1) + 1, stride)
+            for at, (_, dilation, stride, _), size in zip(offset, axes, sizes, strict=True)
+        ]
+        yield x[(slice(None), slice(None), *window)]
+
+
+def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[Tensor]:
+    """Give the input of a convolution as matrices `[items · output pixels, positions · in]`, columns in the order of `flatten`."""
+    x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
+    # As many output pixels as input pixels at most, unless the padding is large; the limit is a guide, not a bound.
+    per_item = x[0].numel() * int(torch.Size(module.kernel_size).numel())
     for items in torch.split(x, max(1, UNFOLDED_ELEMS // max(per_item, 1))):
-        positions = []
-        for offset in offsets:
-            taken = items
-            for axis, (at, dilation, stride, size) in enumerate(zip(offset, module.dilation, module.stride, sizes, strict=True), start=2):
-                start = at * dilation
-                taken = taken[(slice(None),) * axis + (slice(start, start + stride * (size - 1) + 1, stride),)]
-            positions.append(taken.movedim(1, -1).reshape(-1, x.shape[1]))
-        yield torch.cat(positions, 1)
+        yield torch.cat([tap.movedim(1, -1).reshape(-1, x.shape[1]) for tap in taps(module, items)], 1)
 
 
 @dataclass
@@ -134,16 +141,37 @@ class Collector:
 
     def add(self, weight: Tensor, x: Tensor, start: int = 0, stop: int | None = None) -> None:
         """Add the rows of `x` to those of `weight[start:stop]`."""
-        name = self.wanted[id(weight)]
-        stop = weight.shape[0] if stop is None else stop
+        statistics = self._of(weight, x.shape[1], x.device, start, weight.shape[0] if stop is None else stop)
+        statistics.add(x if x.dtype == torch.float64 else x.float())
+        self._refuse_not_finite(weight, statistics)
+
+    def _of(self, weight: Tensor, columns: int, device: torch.device, start: int, stop: int) -> Statistics:
         parts = self.parts.setdefault(id(weight), [])
         part = next((p for p in parts if (p.start, p.stop) == (start, stop)), None)
         if part is None:
-            part = Part(start, stop, Statistics.zero(x.shape[1], x.device, self.hessian))
+            part = Part(start, stop, Statistics.zero(columns, device, self.hessian))
             parts.append(part)
-        part.statistics.add(x if x.dtype == torch.float64 else x.float())
-        if not bool(torch.isfinite(part.statistics.squares).all()):
+        return part.statistics
+
+    def _refuse_not_finite(self, weight: Tensor, statistics: Statistics) -> None:
+        if not bool(torch.isfinite(statistics.squares).all()):
+            name = self.wanted[id(weight)]
             raise InputError(f"the input of layer {name!r} holds NaN or infinity, expected finite values; check the data")
+
+    def _convolution(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> None:
+        """Add a convolution's input; without XᵀX the kernel positions are summed one by one, never unfolded."""
+        weight = module.weight
+        if self.hessian:
+            for rows in unfolded(module, x):
+                self.add(weight, rows)
+            return
+        squares, pixels = [], 0
+        for tap in taps(module, x if x.dtype == torch.float64 else x.float()):
+            squares.append(tap.square().sum([0, *range(2, tap.ndim)], dtype=torch.float64))
+            pixels = tap.numel() // tap.shape[1]
+        statistics = self._of(weight, weight.numel() // weight.shape[0], x.device, 0, weight.shape[0])
+        statistics.add_squares(torch.cat(squares), pixels)
+        self._refuse_not_finite(weight, statistics)
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a layer's input; one of a wrong size is left to the layer itself, which says what is wrong."""
@@ -151,8 +179,7 @@ class Collector:
         self.current = self.wanted[id(weight)]
         x: Tensor = (args[0] if args else kwargs["input"]).detach()
         if isinstance(module, CONVOLUTIONS) and x.shape[-1 - len(module.kernel_size)] == weight.shape[1]:
-            for rows in unfolded(module, x):
-                self.add(weight, rows)
+            self._convolution(module, x)
         elif isinstance(module, nn.Linear) and x.shape[-1] == weight.shape[1]:
             self.add(weight, x.reshape(-1, x.shape[-1]))
 

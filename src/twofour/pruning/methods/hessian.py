@@ -38,11 +38,12 @@ def inverse_factor(statistics: Statistics) -> tuple[Tensor, tuple[str, ...]]:
     """
     reason, share = why_singular(statistics), DAMPING
     while share <= MOST_DAMPING:
-        lower, info = torch.linalg.cholesky_ex(damped(statistics, share).flip(0, 1))
+        # At most three matrices of the size of H live at once beside it.
+        factor, info = torch.linalg.cholesky_ex(damped(statistics, share).flip(0, 1))
         if not int(info):
-            upper = lower.flip(0, 1)
-            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), damping_note(reason, share)
+            factor = factor.flip(0, 1)
+            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            return torch.linalg.solve_triangular(factor, identity, upper=True), damping_note(reason, share)
         reason, share = reason or "its rounding errors outweigh its smallest eigenvalue", 10 * share
     raise InputError("XᵀX cannot be factored even when damped by its mean diagonal, expected finite inputs of like scale; check the data")
 
