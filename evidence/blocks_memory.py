@@ -13,13 +13,12 @@ import datetime
 import json
 import os
 import platform
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from methods import Sampler
 
 import twofour
 from twofour.errors import MissingExtraError
@@ -54,27 +53,6 @@ def expected(shape: dict[str, int], batch_tokens: int) -> dict[str, int]:
         "batch": 3 * 4 * batch_tokens * shape["intermediate_size"],
     }
     return terms | {"peak": terms["block"] + terms["statistics"] + max(terms["choosing"], terms["batch"])}
-
-
-class Sampler:
-    """Peak resident memory above where it began, in bytes."""
-
-    def __enter__(self) -> "Sampler":
-        self.process = psutil.Process()
-        self.before = self.peak = self.process.memory_info().rss
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        """Look every 5 ms."""
-        while not self.done.wait(0.005):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *error: object) -> None:
-        self.done.set()
-        self.thread.join()
 
 
 def measure(device: str, layers: int, sequences: int, tokens: int) -> dict[str, Any]:

@@ -258,9 +258,8 @@ def prune_within(
                 f"no layer can be pruned within a budget of {budget:g} {measured.metric}; give a larger budget, "
                 "a method that updates weights, or retrain"
             )
-        every = recorded(model, ready, measured.method, choices).share_of_flops
+        every = Pruning(measured.method, tuple(ready.records)).share_of_flops
         ready.records = [_left(record, measured, ranked[:count]) for record in ready.records]
-        ready.notes = [note for note in ready.notes if not note.startswith(tuple(f"{name}: " for name in choices))]
         some = {name: choices[name] for name in ranked[count:]}
         record = recorded(model, ready, measured.method, some)
         write(model, some, batches, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
