@@ -203,7 +203,13 @@ def test_a_layer_that_is_never_reached() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
 )
 def test_out_of_memory_names_the_layer_and_suggests_a_batch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()

@@ -20,7 +20,7 @@ from twofour.pattern import Pattern
 from twofour.pruning.apply import is_finite, kept_magnitude, survey
 from twofour.pruning.block_files import Journal
 from twofour.pruning.block_inputs import Batch, capture_inputs, run_block
-from twofour.pruning.calibration import device_of, is_out_of_memory, out_of_memory, refusal, reusable
+from twofour.pruning.calibration import device_of, is_out_of_memory, out_of_memory, refusal
 from twofour.pruning.decide import Report, chosen, require_calibration
 from twofour.pruning.methods import METHODS, Choice
 from twofour.pruning.methods.method import Method, find_method
@@ -80,7 +80,7 @@ def prune_blocks(
     for name in sorted(inside):
         if not is_finite(parameters[name].detach()):
             raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
-    batches = capture_inputs(model, [block.module for block in found], reusable(calibration), len(example_inputs))
+    batches = capture_inputs(model, [block.module for block in found], calibration, len(example_inputs))
     options = {"method": method, "pattern": str(parsed), "weights": sorted(inside)}
     journal = Journal(resume, options, batches) if resume is not None else None
     walk = Walk(how, parsed, torch.device(device) if device is not None else device_of(model), batches, journal, progress)

@@ -64,7 +64,8 @@ def shapes_of(batch: Any) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the machine has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|not enough memory|out of memory", str(error)))
+        isinstance(error, RuntimeError)
+        and bool(re.search(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", str(error)))
     )
 
 
