@@ -19,7 +19,12 @@ include_option: Decorator = click.option(
     "--include", multiple=True, metavar="GLOB", help="Prune these layers although the default leaves them."
 )
 exclude_option: Decorator = click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers dense.")
-method_option: Decorator = click.option("--method", default="magnitude", show_default=True, help="How to choose what is pruned.")
+method_option: Decorator = click.option(
+    "--method",
+    default="magnitude",
+    show_default=True,
+    help="How to choose what is pruned: magnitude, or by calibration data wanda, ria, sparsegpt-mask, sparsegpt, alps.",
+)
 permute_option: Decorator = click.option(
     "--permute/--no-permute", default=True, show_default=True, help="Reorder channels first where proven harmless."
 )

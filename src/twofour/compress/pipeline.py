@@ -18,12 +18,14 @@ from twofour.builder import build
 from twofour.compress.assemble import Findings, make_report
 from twofour.compress.events import EpochFinished, Event, Listener, StageFinished, StageStarted
 from twofour.compress.folder import only_run_in, prepare
-from twofour.errors import InputError, VerificationError, nearest
+from twofour.errors import InputError, VerificationError
 from twofour.exchange import Exported, export
 from twofour.files import write_text
 from twofour.pruning import Pruning, prune, reestimate_batchnorm
-from twofour.pruning.apply import METHODS, is_finite, survey
+from twofour.pruning.apply import is_finite, survey
 from twofour.pruning.calibration import tracked_norms
+from twofour.pruning.methods import METHODS
+from twofour.pruning.methods.method import find_method
 from twofour.report import Report, measure
 from twofour.report.page import write_page
 from twofour.report.record import Agreement, Check
@@ -210,8 +212,7 @@ def _refuse_early(
     """Raise InputError for everything that would fail after the first training; an untrained or the given network serves for it."""
     if recipe.distillation.weight and weights is None:
         raise InputError("compress: the recipe distils from a dense network, expected --weights with that network")
-    if method not in METHODS:
-        raise InputError(f"pruning method {method!r} is unknown, expected one of {sorted(METHODS)}{nearest(method, METHODS)}")
+    find_method(method, METHODS)
     if weights is not None:
         load_weights(model, weights)
         if broken := [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]:
@@ -352,6 +353,8 @@ def _train_seed(settings: Settings, task: Task, stages: Stages, seed: int) -> Se
         permute=settings.permute,
         include=settings.include,
         exclude=settings.exclude,
+        calibration=calibration_batches(task) if METHODS[settings.method].is_calibrated else None,
+        reestimate=False,
     )
     one_shot = evaluate(model, task)
     reestimated = None

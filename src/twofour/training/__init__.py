@@ -1,7 +1,7 @@
 """Training with masks held: recipes, the loop, checkpoints, and sparse training from scratch, in bites and of adapters."""
 
 from twofour.training.checkpoint import Checkpoint, Epoch
-from twofour.training.evaluate import calibration_batches, evaluate, predict
+from twofour.training.evaluate import calibration_batches, evaluate, evaluate_loss, predict
 from twofour.training.gradual import Gradual, gradual
 from twofour.training.hold import Hold, hold
 from twofour.training.loop import train
@@ -23,6 +23,7 @@ __all__ = [
     "calibration_batches",
     "derive_masks",
     "evaluate",
+    "evaluate_loss",
     "gradual",
     "hold",
     "load_recipe",

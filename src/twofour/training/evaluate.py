@@ -37,6 +37,14 @@ def calibration_batches(task: Task, batch: int = 256, most: int = 8) -> Iterator
         yield inputs
 
 
+def evaluate_loss(model: nn.Module, task: Task, batch: int = 256) -> float:
+    """Return the task's loss of `model` in eval mode over the validation set, without label smoothing."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with in_eval_mode(model), torch.inference_mode():
+        outputs, targets = predict(lambda inputs: model(inputs.to(device)), task, batch)
+        return float(task.loss_of(outputs, targets, 0.0))
+
+
 def evaluate(model: nn.Module, task: Task, batch: int = 256) -> float:
     """Return the task's metric of `model` in eval mode on the validation set."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
