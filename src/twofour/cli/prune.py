@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from twofour.cli import options
+from twofour.cli import names, options
 
 
 @click.command()
-@click.argument("what", metavar="MODEL|DIR")
-@click.option("--data", help="Data set by name, for MODEL.")
+@click.argument("what", metavar="MODEL|DIR", shell_complete=names.complete_model)
+@click.option("--data", help="Data set by name, for MODEL.", shell_complete=names.complete_data)
 @options.weights_option
 @click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint (.safetensors), or for DIR a folder.")
 @options.method_option
@@ -98,13 +98,13 @@ def _prune_model(
         raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {name!r}")
     task = resolve_task(data)
     module = resolve_model(name).make(task.num_classes)
-    load_weights(module, weights)
+    load_weights(module, weights, spec=name)
     told = [f"dense {evaluate(module, task):.2f}"]
     record = prune(module, task.example_inputs(), method=method, permute=permute, pattern=pattern, include=include, exclude=exclude)
     metric = evaluate(module, task)
     told.append(f"one-shot {record.pattern} {metric:.2f}")
     if tracked_norms(module):
-        reestimate_batchnorm(module, calibration_batches(task))
+        reestimate_batchnorm(module, calibration_batches(task), len(task.example_inputs()))
         metric = evaluate(module, task)
         told.append(f"with batch-norm re-estimated {metric:.2f}")
     Checkpoint.of(module, task.metric.name, metric, model=name, data=data, pruning=record).save(out)
