@@ -186,7 +186,7 @@ def test_text_with_digits_outside_numbers_is_the_records(shown: tuple[Report, st
     report, _, parsed = shown
     own = strings_in(report.model_dump()) | {"×".join(map(str, layer.shape)) for layer in report.layers}
     own |= {report.created.replace("T", " "), ", ".join(map(str, report.seeds))}
-    own |= {str(value) for _, value in page._flat(report.recipe)} | {name for name, _ in page._flat(report.recipe)}
+    own |= {str(value) for _, value in page.flat(report.recipe)} | {name for name, _ in page.flat(report.recipe)}
     pieces = {piece for text in own for piece in [text, *re.findall(r"[^./]*[./]|[^./]+", text)]}
     for text in parsed.words:
         rest = re.sub(FIXED_WORDS, "", text)

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from twofour.cli import options
+from twofour.cli import names, options
 from twofour.cli.asked import Asked
 
 
 @click.command()
-@click.argument("what", metavar="MODEL|DIR")
-@click.option("--data", help="Data set by name, for MODEL.")
+@click.argument("what", metavar="MODEL|DIR", shell_complete=names.complete_model)
+@click.option("--data", help="Data set by name, for MODEL.", shell_complete=names.complete_data)
 @options.weights_option
 @click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint (.safetensors), or for DIR a folder.")
 @options.method_option

@@ -25,7 +25,7 @@ def run(name: str, data: str, weights: Path, out: Path, asked: Asked) -> None:
     find_method(asked.method, METHODS)
     task = resolve_task(data)
     module = resolve_model(name).make(task.num_classes)
-    load_weights(module, weights)
+    load_weights(module, weights, spec=name)
     console = make_console()
     with Steps(console) as show:
         if asked.sensitivity:
@@ -62,7 +62,7 @@ def _at_once(module: nn.Module, task: Task, asked: Asked, show: Steps) -> tuple[
     metric = evaluate(module, task)
     told.append(f"one-shot {record.pattern} {metric:.2f}")
     if tracked_norms(module):
-        reestimate_batchnorm(module, calibration_batches(task))
+        reestimate_batchnorm(module, calibration_batches(task), len(task.example_inputs()))
         metric = evaluate(module, task)
         told.append(f"with batch-norm re-estimated {metric:.2f}")
     return record, ", ".join(told), metric

@@ -269,3 +269,27 @@ def share_by_operation(rows: Sequence[OperationShare], *, width: int, name: str)
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0, pad=6)
         return _svg(figure, name, "Bar chart: share of the engine's time by operation, dense and 2:4")
+
+
+def accuracy_by_run(runs: Sequence[tuple[str, dict[str, AccuracyRow]]], axis: str, *, width: int, name: str) -> str:
+    """Return one row a run: the mean of each variant as a point, a standard deviation over the seeds to either side as a line."""
+    height = 44 + 44 * len(runs)
+    with _figure(width, height) as figure:
+        length = 34 if width > 600 else 16
+        labels = [_shortened(run, length) for run, _ in runs]
+        left = 16 + 7.2 * max((len(label) for label in labels), default=0)
+        axes = figure.add_axes((left / width, 40 / height, 1 - (left + 24) / width, 1 - 44 / height))
+        for i, (_, rows) in enumerate(runs):
+            for offset, variant in zip((-0.24, 0.0, 0.24), ("dense", "2:4", "dense + same training"), strict=True):
+                if (row := rows.get(variant)) is not None:
+                    spread = row.spread if math.isfinite(row.spread) else 0.0
+                    axes.errorbar(
+                        [row.mean], [i + offset], xerr=[spread], fmt="o", color=VARIANT_COLOUR[variant], markersize=6, linewidth=2
+                    )
+        axes.set_yticks(range(len(runs)), labels)
+        axes.set_ylim(len(runs) - 0.4, -0.6)
+        axes.set_xlabel(axis)
+        axes.margins(x=0.06)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0, pad=6)
+        return _svg(figure, name, f"Point chart: {axis} of {len(runs)} runs, dense, 2:4 and control")

@@ -4,7 +4,7 @@ from twofour.training.checkpoint import Checkpoint, Epoch
 from twofour.training.evaluate import calibration_batches, evaluate, evaluate_loss, predict
 from twofour.training.gradual import Gradual, gradual
 from twofour.training.hold import Hold, hold
-from twofour.training.loop import train
+from twofour.training.loop import Step, train
 from twofour.training.lora import MaskedLora, add_lora, merge_adapters
 from twofour.training.masks import derive_masks, recorded_masks
 from twofour.training.order import permute_state
@@ -19,6 +19,7 @@ __all__ = [
     "MaskedLora",
     "Recipe",
     "SrSte",
+    "Step",
     "add_lora",
     "calibration_batches",
     "derive_masks",
