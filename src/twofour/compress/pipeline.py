@@ -21,7 +21,7 @@ from twofour.compress.records import Records
 from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
 from twofour.compress.trainings import CONTROL, SeedRun, Trainings
-from twofour.errors import InputError, VerificationError
+from twofour.errors import InputError, VerificationError, nearest
 from twofour.exchange import Exported, export, inspect, refuse_unexportable
 from twofour.files import write_text
 from twofour.plan import Plan

@@ -1,0 +1,147 @@
+"""All families by name: which libraries compute each, how its records are read from a file, and what a launch touches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twofour.errors import InputError, nearest
+from twofour.kernels.attention import contract as attention
+from twofour.kernels.conv import contract as conv
+from twofour.kernels.gemm import contract as gemm
+from twofour.kernels.matmul import contract as matmul
+from twofour.kernels.operands import DTYPE_BYTES, Footprint
+from twofour.kernels.pointwise import contract as pointwise
+from twofour.kernels.pool import contract as pool
+from twofour.kernels.records import from_plain
+from twofour.kernels.reduce import contract as reduce
+from twofour.pattern.pack_sm90 import block_bytes
+
+OURS = "twofour"
+# The most scratch memory a step may ask for; libraries are told this limit.
+WORKSPACE_CAP = 256 << 20
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of step: its Problem, its Config (None: libraries only), its libraries, its legality rule."""
+
+    problem: type
+    config: type | None
+    libraries: tuple[str, ...]
+    why_not: Callable[[Any, Any], str | None] | None
+
+
+FAMILIES = {
+    "gemm": Family(gemm.Problem, gemm.Config, (OURS, "cublaslt", "cusparselt"), gemm.why_not),
+    "matmul": Family(matmul.Problem, None, ("cublaslt",), None),
+    "conv": Family(conv.Problem, None, ("cudnn",), None),
+    "attention": Family(attention.Problem, None, ("cudnn",), None),
+    "pointwise": Family(pointwise.Problem, pointwise.Config, (OURS,), pointwise.why_not),
+    "pool": Family(pool.Problem, pool.Config, (OURS,), pool.why_not),
+    "resize": Family(pool.ResizeProblem, pool.Config, (OURS,), pool.why_not),
+    "reduce": Family(reduce.Problem, reduce.Config, (OURS,), reduce.why_not),
+}
+
+
+def family(name: str) -> Family:
+    """Return the family called `name`.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = FAMILIES.get(name)
+    if found is None:
+        raise InputError(f"family {name!r} is not one of {', '.join(FAMILIES)}{nearest(str(name), FAMILIES)}")
+    return found
+
+
+def bias_dtype(library: str, dtype: str) -> str:
+    """Return the element type in which `library` adds a bias to an output of `dtype`: ours fp32, the others the output's own."""
+    return "fp32" if library == OURS else dtype
+
+
+def read_problem(name: str, data: Any, where: str) -> Any:
+    """Return the Problem of family `name` that `to_plain` gave as `data`.
+
+    Raises:
+        InputError: the family is unknown or the data are no such Problem.
+    """
+    return from_plain(family(name).problem, data, where)
+
+
+def read_config(name: str, data: Any, where: str) -> Any:
+    """Return the Config of family `name` that `to_plain` gave as `data`; None for None.
+
+    Raises:
+        InputError: the family has no configs or the data are none.
+    """
+    if data is None:
+        return None
+    kind = family(name).config
+    if kind is None:
+        raise InputError(f"{where} is given, expected none: {name} is computed by libraries only")
+    return from_plain(kind, data, where)
+
+
+def why_not(name: str, library: str, problem: Any, config: Any) -> str | None:
+    """Return why `library` with `config` cannot compute `problem` of family `name`, or None when it can."""
+    found = family(name)
+    if library not in found.libraries:
+        return f"library {library!r} is not one of {', '.join(found.libraries)}"
+    if library == OURS:
+        if config is None or found.why_not is None:
+            return f"our kernels need a config for {name}, got none"
+        return found.why_not(problem, config)
+    if config is not None:
+        return f"{library} takes no config of ours"
+    if name in ("gemm", "matmul"):
+        from twofour.kernels.gemm import cublaslt, cusparselt
+
+        return cusparselt.why_not(problem) if library == "cusparselt" else cublaslt.why_not(problem)
+    if name == "conv":
+        from twofour.kernels.conv import cudnn as cudnn_conv
+
+        return cudnn_conv.why_not(problem)
+    from twofour.kernels.attention import cudnn as cudnn_attention
+
+    return cudnn_attention.why_not(problem)
+
+
+def footprints(name: str, library: str, problem: Any) -> dict[str, Footprint]:
+    """Return what a launch of `problem` of family `name` by `library` touches, by operand name."""
+    if name == "gemm":
+        return _gemm_footprints(problem, library)
+    if name == "conv":
+        return conv.footprints(problem, bias_dtype(library, problem.dtype))
+    if name in ("pool", "resize"):
+        return pool.footprints(problem)
+    simple: dict[str, Callable[[Any], dict[str, Footprint]]] = {
+        "matmul": matmul.footprints,
+        "attention": attention.footprints,
+        "pointwise": pointwise.footprints,
+        "reduce": reduce.footprints,
+    }
+    return simple[name](problem)
+
+
+def _gemm_footprints(p: gemm.Problem, library: str) -> dict[str, Footprint]:
+    e = p.epilogue
+    if library == OURS:
+        weight = Footprint("uint8", p.row_blocks * p.k_blocks * block_bytes(p.sparse))
+    elif library == "cusparselt":
+        # The compressed form is opaque; it holds at least the values that are kept.
+        weight = Footprint("uint8", p.weight_rows * p.inputs // 2 * DTYPE_BYTES[p.dtype])
+    else:
+        weight = Footprint(p.dtype, p.weight_rows * p.inputs)
+    found = {
+        "x": Footprint(p.dtype, p.tokens * p.inputs),
+        "weight": weight,
+        "d": Footprint(p.out_dtype, p.tokens * p.outputs, writes=True),
+    }
+    if e.scale:
+        found["scale"] = Footprint("fp32", p.weight_rows)
+    if e.bias:
+        found["bias"] = Footprint(bias_dtype(library, p.out_dtype), p.weight_rows)
+    if e.residual:
+        found["residual"] = Footprint(p.out_dtype, p.tokens * p.outputs)
+    return found
