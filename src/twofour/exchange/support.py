@@ -115,6 +115,14 @@ def _pad(node: ir.Node) -> str:
     return "negative amounts" if (node.inputs[1].const_value.numpy() < 0).any() else ""  # type: ignore[union-attr]
 
 
+def _tile(node: ir.Node) -> str:
+    if not constant(node, 1):
+        return "its repeats are computed at run time"
+    shape, out = node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
+    same = shape is not None and out is not None and all(a in (1, b) for a, b in zip(shape, out, strict=True))
+    return "" if same else "repeats of an axis that is not of size 1"
+
+
 def _gemm(node: ir.Node) -> str:
     return "" if constant(node, 1) and constant(node, 2) and not number(node, "transA", 0) else "its weight is computed at run time"
 
@@ -152,6 +160,7 @@ CONDITIONS = {
     "Slice": _slice,
     "Pad": _pad,
     "Gemm": _gemm,
+    "Tile": _tile,
     "Attention": _attention,
     "Einsum": _einsum,
     **dict.fromkeys(REDUCTIONS, _reduction),

@@ -15,7 +15,8 @@ PITCHED = (*ANY_PLACE, "Conv", "Pool", "Resize", "Reduce")
 def takes_pitch(node: ir.Node, index: int) -> bool:
     """Whether a step can read its operand `index` from a slice of the channels of a larger value."""
     if is_fused(node, "Reduce"):
-        return index == 0 and len(shape_of(node.inputs[0])) - 1 not in attribute(node, "axes")  # type: ignore[arg-type]
+        last = len(shape_of(node.inputs[0])) - 1
+        return index == 0 and (last not in attribute(node, "axes") or list(attribute(node, "axes")) == [last])
     if is_fused(node, "Conv"):
         return index in (0, 3)
     return is_fused(node, *PITCHED)

@@ -10,6 +10,7 @@ from twofour.oracle.operators import has_operator, run_operator
 
 # A folded value larger than this, and much larger than what it is made of, would only swell the plan (a mask spread over a batch, say).
 MOST_BYTES = 64 << 20
+TAKES_REPEATED = ("Concat", "Add", "Sub", "Mul", "Div")
 
 
 class FoldConstants(Rewrite):
@@ -18,8 +19,8 @@ class FoldConstants(Rewrite):
     1. Shape and Size of a value whose shape is static.
     2. Any node whose inputs are all initializers, if the oracle has it; floating results are rounded to fp32 once.
 
-    A floating Expand stays: repeating costs nothing where it is read, and a copy for every batch size would swell the plan. So does any
-    other result of more than `MOST_BYTES` that is much larger than what it is made of.
+    An Expand that only `TAKES_REPEATED` read stays: repeating costs nothing there, and a copy for every batch size would swell the
+    plan. So does any other result of more than `MOST_BYTES` that is much larger than what it is made of.
     """
 
     def rewrite(self, graph: ir.Graph) -> int:
@@ -60,7 +61,7 @@ def computed(node: ir.Node) -> list[Array] | None:
     """Return the outputs of a node whose inputs are all initializers, None where it has others or the oracle cannot compute it."""
     if not has_operator(node.domain, node.op_type) or any(value.is_graph_output() for value in node.outputs):
         return None
-    if is_op(node, "Expand") and node.outputs[0].dtype == ir.DataType.FLOAT:
+    if is_op(node, "Expand") and all(is_op(use.node, *TAKES_REPEATED) for use in node.outputs[0].uses()):
         return None
     arrays = [constant_of(value) for value in node.inputs]
     if any(array is None and value is not None for array, value in zip(arrays, node.inputs, strict=True)):

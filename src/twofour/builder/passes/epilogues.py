@@ -1,10 +1,23 @@
 """Epilogue fusion: activation and residual behind a convolution or linear layer are computed where its sums are still in registers."""
 
+import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import attribute, attributes_of, is_fused, make_node, nodes_of, only_use, producer, replace, shape_of
+from twofour.builder.graph import (
+    attribute,
+    attributes_of,
+    constant_of,
+    is_fused,
+    make_node,
+    nodes_of,
+    only_use,
+    producer,
+    replace,
+    shape_of,
+)
+from twofour.builder.passes.batch_norm import bias_of, fold_into
 from twofour.builder.passes.infra import Rewrite
-from twofour.builder.passes.programs import is_sum_of_two, unary_of
+from twofour.builder.passes.programs import is_sum_of_two, program_of, unary_of
 from twofour.kernels.conv import contract as conv
 from twofour.kernels.gemm import contract as gemm
 
@@ -14,6 +27,7 @@ ACTIVATIONS = {"Conv": conv.ACTIVATIONS, "Linear": gemm.ACTIVATIONS}
 class Epilogues(Rewrite):
     """Fuses a Pointwise behind a Conv or Linear that only it reads: y = activation(sums + bias + residual).
 
+    0. A constant, one number a channel, that multiplies or is added: into weight and bias (a scale that a transpose had hidden before).
     1. A sum with a value of the same shape becomes the residual; of two layers the later one takes it, so that the other is done.
     2. An activation that the family's kernels have. After it nothing more is fused: the epilogue's order is fixed.
     """
@@ -24,7 +38,7 @@ class Epilogues(Rewrite):
         places = {id(node): index for index, node in enumerate(graph)}
         for node in nodes_of(graph):
             if is_fused(node, "Pointwise") and node.graph is graph:
-                fused = self._residual(graph, node, places) or self._activation(graph, node)
+                fused = self._constant(graph, node) or self._residual(graph, node, places) or self._activation(graph, node)
                 if fused is not None:
                     places[id(fused)] = places[id(node)]
                     count += 1
@@ -36,6 +50,27 @@ class Epilogues(Rewrite):
         if value is None or layer is None or not is_fused(layer, "Conv", "Linear") or only_use(value) is not reader:
             return None
         return layer if attribute(layer, "activation", "none") == "none" else None
+
+    def _constant(self, graph: ir.Graph, node: ir.Node) -> ir.Node | None:  # 0
+        steps = program_of(node)
+        if len(steps) != 1 or steps[0][0] not in ("mul", "add") or len(node.inputs) > 2:
+            return None
+        for index, value in enumerate(node.inputs):
+            layer = self._open(value, node)
+            a, b = steps[0][1:]
+            other = b if a == ["in", index] else a if b == ["in", index] else None
+            if layer is None or other is None or len(layer.inputs) > 3 or bias_of(layer) is None:
+                continue
+            number = np.array([other[1]]) if other[0] == "c" else constant_of(node.inputs[1 - index]) if len(node.inputs) == 2 else None
+            outputs = shape_of(layer.inputs[1])[0]
+            if number is None or number.size not in (1, outputs) or (number.size > 1 and number.shape[-1] != outputs):
+                continue
+            vector = np.broadcast_to(number.reshape(-1).astype(np.float64), (outputs,))
+            product = steps[0][0] == "mul"
+            fold_into(graph, layer, vector if product else np.ones(outputs), np.zeros(outputs) if product else vector)
+            residual = layer.inputs[3] if len(layer.inputs) > 3 else None
+            return self._fused(graph, node, layer, residual, "none")
+        return None
 
     def _residual(self, graph: ir.Graph, node: ir.Node, places: dict[int, int]) -> ir.Node | None:  # 1
         if not is_sum_of_two(node) or node.inputs[0] is node.inputs[1]:

@@ -13,7 +13,7 @@ from twofour.exchange.support import affine
 See = Callable[[ir.Value | None], Strided]
 Copy = Callable[[Strided], Strided]
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-VIEWS = (*RESHAPES, "Transpose", "Slice", "Gather", "Split", "Expand")
+VIEWS = (*RESHAPES, "Transpose", "Slice", "Gather", "Split", "Expand", "Tile")
 
 
 def sliced(view: Strided, copy: Copy, axis: int, start: int, count: int, step: int = 1) -> Strided:
@@ -32,7 +32,7 @@ def view_of(node: ir.Node, see: See, copy: Copy, views: dict[ir.Value, Strided])
         views[output] = x.reshaped(shape_of(output)) or _reshaped(copy(x), shape_of(output))
     elif is_op(node, "Transpose"):
         views[output] = x.transposed(attribute(node, "perm") or list(reversed(range(len(x.axes)))))
-    elif is_op(node, "Expand"):
+    elif is_op(node, "Expand", "Tile"):
         views[output] = x.expanded(shape_of(output))
     elif is_op(node, "Split"):
         start, axis = 0, int(attribute(node, "axis", 0)) % len(x.axes)
