@@ -1,0 +1,42 @@
+"""The text NVRTC gets for a Problem and Config: an include and one explicit instantiation."""
+
+from pathlib import Path
+
+from twofour.jit.source import Source, digest, flatten
+from twofour.kernels.pool.contract import MOST_UNROLLED, THREADS, AnyProblem, Config, Launch, Problem
+from twofour.kernels.shared import FOLDER as SHARED
+from twofour.kernels.shared import flag, type_name
+
+FOLDER = Path(__file__).parent
+INCLUDE = FOLDER.parent / "include"
+_COORDINATE = {
+    "half_pixel": "kHalfPixel",
+    "pytorch_half_pixel": "kPytorchHalfPixel",
+    "align_corners": "kAlignCorners",
+    "asymmetric": "kAsymmetric",
+}
+_ROUNDING = {"round_prefer_floor": "kPreferFloor", "round_prefer_ceil": "kPreferCeil", "floor": "kFloor", "ceil": "kCeil"}
+
+
+def source(problem: AnyProblem, config: Config, launch: Launch) -> Source:
+    """Return the kernel text; equal for problems that differ only in sizes."""
+    kind, wide = type_name(problem.dtype), flag(launch.wide)
+    if isinstance(problem, Problem):
+        small = problem.kernel[0] * problem.kernel[1] * config.columns <= MOST_UNROLLED
+        window = problem.kernel if small else (0, 0)
+        call = f"pool<{kind}, {config.vector}, {config.columns}, {window[0]}, {window[1]}, {flag(problem.kind == 'max')}, {wide}>"
+    else:
+        coordinate, rounding = _COORDINATE[problem.coordinate], _ROUNDING[problem.rounding]
+        linear = flag(problem.kind == "linear")
+        call = f"resize<{kind}, {config.vector}, {linear}, Coordinate::{coordinate}, Rounding::{rounding}, {wide}>"
+    stub = (
+        f'#include "pool.cuh"\n'
+        f'extern "C" __global__ void __launch_bounds__({THREADS}) pool(const __grid_constant__ twofour::PoolParams params) {{\n'
+        f"    using namespace twofour;\n    twofour::{call}(params);\n}}\n"
+    )
+    return Source("pool", flatten(stub, [FOLDER, SHARED, INCLUDE]))
+
+
+def sources_digest() -> str:
+    """Return the digest of the family's device sources, comments stripped."""
+    return digest([*FOLDER.glob("*.cuh"), *SHARED.glob("*.cuh"), INCLUDE / "ptx_sm90.cuh"])
