@@ -1,0 +1,130 @@
+"""Precision: activations become fp16 or bf16; what comes from and goes to the user stays fp32."""
+
+import onnx_ir as ir
+
+from twofour.builder.graph import constant_of, elements, is_fused, make_node, nodes_of, only_use, replace, shape_of
+from twofour.builder.passes.infra import Rewrite
+from twofour.errors import InputError
+
+TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+CONVERTS = ("Pointwise", "Copy", "Pad", "Concat", "View")
+WRITES_FP32 = ("Pointwise", "Copy", "Reduce")
+SMALL = 4096  # constants up to this many elements cost nothing in fp32
+
+
+class Precision(Rewrite):
+    """Chooses the type of every floating value.
+
+    1. What a step computes: the 16-bit type; sums, norms and programs are fp32 inside the kernels.
+    2. Inputs of the graph stay fp32: Pointwise, Copy and Pad read them so; for any other reader a Copy converts.
+    3. Outputs of the graph stay fp32: Pointwise, Copy, Reduce, Linear write them so; behind any other step a Copy converts.
+    4. Constants: weights, biases, scales and anything small stay fp32 (packing rounds the weights); a large constant that an element-wise
+       step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type.
+    """
+
+    def __init__(self, precision: str) -> None:
+        """Take `fp16` or `bf16`.
+
+        Raises:
+            InputError: another name.
+        """
+        if precision not in TYPES:
+            raise InputError(f"precision {precision!r} is unknown here, expected one of {list(TYPES)}")
+        self.dtype = TYPES[precision]
+
+    def rewrite(self, graph: ir.Graph) -> int:
+        """Convert inputs, then constants and steps, then outputs."""
+        count = sum(self._input(graph, value) for value in list(graph.inputs) if value.dtype == ir.DataType.FLOAT)
+        for node in nodes_of(graph):
+            count += self._constants(graph, node)
+            for value in node.outputs:
+                reads_input = is_fused(node, "View") and self._is_user_value(node.inputs[0])
+                if value.dtype == ir.DataType.FLOAT and not reads_input and not is_fused(node, "Fallback"):
+                    value.dtype = self.dtype
+                    count += 1
+        return count + sum(self._output(graph, value) for value in list(graph.outputs))
+
+    def _is_user_value(self, value: ir.Value | None) -> bool:
+        """Whether a value is an input of the graph, a Fallback's fp32 output, or a view of one."""
+        node = None if value is None else value.producer()
+        if is_fused(node, "View") and node is not None:
+            return self._is_user_value(node.inputs[0])
+        return value is not None and ((node is None and not value.is_initializer()) or is_fused(node, "Fallback"))
+
+    def _input(self, graph: ir.Graph, value: ir.Value) -> bool:  # 2
+        readers = self._readers(value)
+        first = next((use.node for use in value.uses()), None)
+        if first is None or all(is_fused(node, *CONVERTS) for node in readers):
+            return False
+        converted = make_node(graph, next(iter(graph)), "Copy", [], shape_of(value), stem=f"{value.name}.converted")
+        copy = converted.producer()
+        assert copy is not None
+        for use in list(value.uses()):
+            use.node.replace_input_with(use.idx, converted)
+        copy.resize_inputs(1)
+        copy.replace_input_with(0, value)
+        return True
+
+    def _readers(self, value: ir.Value) -> list[ir.Node]:
+        """Return the steps that read a value, through views."""
+        found = []
+        for use in value.uses():
+            found += self._readers(use.node.outputs[0]) if is_fused(use.node, "View") else [use.node]
+        return found
+
+    def _constants(self, graph: ir.Graph, node: ir.Node) -> int:  # 4
+        count = 0
+        for index, value in enumerate(node.inputs):
+            array = constant_of(value)
+            if value is None or array is None or value.dtype != ir.DataType.FLOAT:
+                continue
+            always = is_fused(node, "Concat", "MatMul", "Attention", "View", "Pad")
+            if always or (is_fused(node, "Pointwise", "Copy") and elements(value) > SMALL):
+                node.replace_input_with(index, self._converted(graph, value))
+                count += 1
+        return count
+
+    def _converted(self, graph: ir.Graph, value: ir.Value) -> ir.Value:
+        """Return the 16-bit version of a constant, made once."""
+        name = f"{value.name}.{self.dtype.name.lower()}"
+        if name not in graph.initializers:
+            assert value.const_value is not None
+            tensor = ir.Tensor(value.const_value.numpy().astype(self.dtype.numpy()), name=name)
+            made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.dtype), const_value=tensor)
+            graph.register_initializer(made)
+        return graph.initializers[name]
+
+    def _output(self, graph: ir.Graph, value: ir.Value) -> bool:  # 3
+        node = value.producer()
+        if node is None or value.dtype != self.dtype:
+            return False
+        source = node.inputs[0]
+        layer = source.producer() if is_fused(node, "View") and source is not None else node
+        if (
+            not value.uses()
+            and self._writes_fp32(layer)
+            and (layer is node or (only_use(source) is node and elements(source) == elements(value)))
+        ):  # type: ignore[arg-type]
+            value.dtype = layer.outputs[0].dtype = ir.DataType.FLOAT  # type: ignore[union-attr]
+            return True
+        output = make_copy_after(graph, node, value)
+        replace(graph, value, output)
+        copy = output.producer()
+        assert copy is not None
+        copy.replace_input_with(0, value)
+        return True
+
+    def _writes_fp32(self, node: ir.Node | None) -> bool:
+        plain = is_fused(node, "Linear") and node is not None and (len(node.inputs) < 4 or node.inputs[3] is None)
+        return plain or is_fused(node, *WRITES_FP32)
+
+
+def make_copy_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Return an fp32 copy of a value, made directly behind the step that computes it."""
+    made = make_node(graph, node, "Copy", [], shape_of(value), like=node, stem=f"{value.name}.out")
+    copy = made.producer()
+    assert copy is not None
+    graph.remove(copy)
+    graph.insert_after(node, copy)
+    copy.resize_inputs(1)
+    return made

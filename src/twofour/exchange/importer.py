@@ -1,0 +1,165 @@
+"""`import_graph`: an ONNX file as an fp32 graph of static shapes for one batch size, ready for the builder's passes."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from twofour.errors import InputError, UnsupportedError
+from twofour.exchange.inspect import parse_onnx_file
+from twofour.exchange.support import NO_OPERATOR, why_unsupported
+
+logger = logging.getLogger(__name__)
+OLDEST_OPSET, NEWEST_OPSET = 13, 24
+FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+# Folds a graph's constants and returns whether anything changed; the builder gives its own, so that shapes that are computed become known.
+Fold = Callable[[ir.Model], bool]
+
+
+def check_opset(model: ir.Model, where: str) -> None:
+    """Do nothing if the model's ONNX opset is one of 13 to 24.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    if not OLDEST_OPSET <= version <= NEWEST_OPSET:
+        raise UnsupportedError(
+            f"import: {where!r} uses ONNX opset {version}, expected {OLDEST_OPSET} to {NEWEST_OPSET}; export it with one of these"
+        )
+
+
+def with_batch(model: ir.Model, batch: int, where: str) -> None:
+    """Give the symbolic first axis of every input the size `batch`.
+
+    Raises:
+        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic.
+    """
+    symbols = set()
+    for value in model.graph.inputs:
+        if value.shape is None or value.dtype is None:
+            raise InputError(f"import: input {value.name!r} of {where!r} has no type or shape; export the model with both")
+        sizes: list[int] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int):
+                sizes.append(size)
+            elif axis == 0:
+                sizes.append(batch)
+                symbols.add(str(size))
+            else:
+                raise UnsupportedError(
+                    f"import: input {value.name!r} of {where!r} has the dynamic axis {axis} ({size}); "
+                    "only the batch (axis 0) may be dynamic"
+                )
+        value.shape = ir.Shape(sizes)
+    fixed = [value for value in model.graph.inputs if value.shape and isinstance(value.shape[0], int) and value.shape[0] != batch]
+    if not symbols and fixed:
+        size = fixed[0].shape[0]
+        raise InputError(
+            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
+        )
+
+
+def to_fp32(model: ir.Model) -> None:
+    """Make every floating initializer, attribute, cast and value fp32; precision is the builder's choice."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype in FLOATING - {ir.DataType.FLOAT}:
+            value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.dtype = ir.DataType.FLOAT
+    for value in model.graph.inputs:
+        if value.dtype in FLOATING:
+            value.dtype = ir.DataType.FLOAT
+    for node in model.graph:
+        for name, attribute in list(node.attributes.items()):
+            if not isinstance(attribute, ir.Attr):
+                continue
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in FLOATING:
+                node.attributes[name] = ir.AttrTensor(name, ir.Tensor(attribute.value.numpy().astype(np.float32)))
+            elif node.op_type == "Cast" and name == "to" and ir.DataType(attribute.value) in FLOATING:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        for value in node.outputs:
+            if value.dtype in FLOATING:
+                value.dtype = ir.DataType.FLOAT
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the shapes of everything a node computes; they may name another batch."""
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+
+
+def infer_shapes(model: ir.Model, fold: Fold | None) -> None:
+    """Infer shapes; folding constants in between makes sizes that the graph computes itself known."""
+    infer = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    for _ in range(8):
+        infer(model)
+        if fold is None or not fold(model):
+            break
+
+
+def missing(model: ir.Model) -> dict[str, list[str]]:
+    """Return the operators, or forms of them, that we lack: name and reason -> the nodes that use it, in graph order."""
+    found: dict[str, list[str]] = {}
+    for index, node in enumerate(model.graph):
+        reason = why_unsupported(node)
+        if reason:
+            kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            named = kind if reason == NO_OPERATOR else f"{kind} with {reason}"
+            found.setdefault(named, []).append(node.name or f"node {index}")
+    return found
+
+
+def refuse_missing(model: ir.Model, where: str, found: dict[str, list[str]] | None = None) -> None:
+    """Do nothing if the engine has every operator of the model.
+
+    Raises:
+        UnsupportedError: it lacks some; the message lists them all with the nodes that use them.
+    """
+    found = missing(model) if found is None else found
+    if found:
+        listed = "; ".join(f"{kind} ({', '.join(nodes)})" for kind, nodes in found.items())
+        count = sum(len(nodes) for nodes in found.values())
+        raise UnsupportedError(
+            f"import: {where!r} has {count} nodes with operators that the engine lacks: {listed}; "
+            "build with fallback to run them on the CPU"
+        )
+
+
+def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
+    """Return the ONNX model at `path` as an fp32 graph whose every shape is static for `batch`.
+
+    Local functions are inlined, constants are initializers, external data are read. Opsets 13 to 24.
+
+    Args:
+        fold: folds constants between rounds of shape inference.
+        fallback: leave operators that we lack in the graph instead of refusing them.
+
+    Raises:
+        InputError: no readable model, or a fixed batch other than `batch`.
+        UnsupportedError: another opset, dynamic axes other than the batch, or operators that we lack.
+    """
+    return prepare_model(parse_onnx_file(Path(path)), batch, str(path), fold=fold, fallback=fallback)
+
+
+def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
+    """Return `model`, changed in place, as `import_graph` does; `where` names it in errors."""
+    if batch < 1:
+        raise InputError(f"import: batch is {batch}, expected at least 1")
+    check_opset(model, where)
+    if model.functions:
+        common.InlinePass()(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with_batch(model, batch, where)
+    to_fp32(model)
+    forget_shapes(model)
+    for value in model.graph.outputs:
+        value.shape = None
+    infer_shapes(model, fold)
+    if not fallback:
+        refuse_missing(model, where)
+    return model
