@@ -19,9 +19,7 @@ def refuse_other_gpus(device: int) -> None:
     """
     found = driver.capability(device)
     if found != HOPPER:
-        raise UnsupportedError(
-            f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics"
-        )
+        raise UnsupportedError(f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics")
 
 
 @lru_cache(maxsize=1024)

@@ -62,7 +62,5 @@ class Pool:
             InputError: an address is missing, or not a multiple of what the problem says.
         """
         if not (x and d) or x % self.problem.align or d % self.problem.out_align:
-            raise InputError(
-                f"addresses x={x:#x}, d={d:#x}: expected multiples of {self.problem.align} and {self.problem.out_align} bytes"
-            )
+            raise InputError(f"addresses x={x:#x}, d={d:#x}: expected multiples of {self.problem.align} and {self.problem.out_align} bytes")
         self._launcher.launch(_POINTERS.pack_into, (x, d), stream)

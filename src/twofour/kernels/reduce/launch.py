@@ -18,9 +18,7 @@ def pack_sizes(problem: Problem, launch: Launch) -> bytes:
     p = problem
     x_pitch = p.x_pitch or (p.inner if p.inner > 1 else p.length)
     blocks = max(1, launch.column_blocks)
-    return _SIZES.pack(
-        p.rows, x_pitch, p.y_pitch or p.out_length, p.length, p.inner, blocks, p.eps, 1.0 / p.length, *divisor(blocks)
-    )
+    return _SIZES.pack(p.rows, x_pitch, p.y_pitch or p.out_length, p.length, p.inner, blocks, p.eps, 1.0 / p.length, *divisor(blocks))
 
 
 class Reduce:
