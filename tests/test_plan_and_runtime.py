@@ -67,7 +67,7 @@ def rewritten(plan_file: Path, folder: Path, change: Any) -> Path:
         (lambda h: h["inputs"][0].update(shape=[None, -3]), "its description cannot be read"),
         (lambda h: h["inputs"][0].update(dtype="object_"), "its description cannot be read"),
         (lambda h: [1], "its description cannot be read"),
-        (lambda h: h.update(device="moon"), r"asks for the device 'moon', this version has \['cpu'\]"),
+        (lambda h: h.update(device="moon"), r"asks for the device 'moon', this version has \['cpu', 'cuda'\]"),
         (lambda h: h.update(precision="fp3"), r"asks for the precision 'fp3'"),
         (lambda h: h.update(batches=[True]), "its description cannot be read"),
     ],

@@ -85,6 +85,8 @@ def build(
     checked_choice("precision", precision, PRECISIONS)
     checked_choice("sparsity", sparsity, SPARSITY)
     checked_choice("device", device, DEVICES)
+    if device != "cpu":
+        raise UnsupportedError(f"build: device {device!r} is not available in this build; use cpu")
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
     if precision != "fp32":

@@ -2,8 +2,9 @@
 
 import dataclasses
 import types
+from collections.abc import Hashable
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from twofour.errors import InputError
 
@@ -21,7 +22,7 @@ def to_plain(value: Any) -> Any:
 
 
 @cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
     hints = get_type_hints(kind)
     return {
         f.name: (hints[f.name], f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
@@ -37,7 +38,7 @@ def from_plain(kind: type[T], data: Any, where: str) -> T:
     """
     if not isinstance(data, dict):
         raise InputError(f"{where} is {_shown(data)}, expected an object with the fields of {kind.__name__}")
-    fields = _fields(kind)
+    fields = _fields(cast(Hashable, kind))
     unknown = sorted(str(name) for name in data if name not in fields)
     missing = [name for name, (_, needed) in fields.items() if needed and name not in data]
     if unknown or missing:

@@ -1,5 +1,6 @@
 """Pooling and resizing of NHWC images, in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def resize(
             place = (index + 0.5) * step - 0.5
         places.append(place)
     if kind == "nearest":
-        turn = {
+        turn: dict[str, Callable[[Array], Any]] = {
             "floor": np.floor,
             "ceil": np.ceil,
             "round_prefer_floor": lambda p: np.ceil(p - 0.5),

@@ -15,7 +15,7 @@ def reduce(x: Array, kind: str, eps: float = 0.0, scale: Array | None = None, bi
     """
     x = np.asarray(x, np.float64)
     if kind in ("mean", "sum", "max"):
-        return np.asarray({"mean": np.mean, "sum": np.sum, "max": np.max}[kind](x, axis=1))
+        return np.asarray(x.mean(1) if kind == "mean" else x.sum(1) if kind == "sum" else x.max(1))
     if kind == "l2":
         return np.asarray(np.sqrt((x * x).sum(1)))
     if kind == "softmax":

@@ -202,9 +202,9 @@ def _check_value(value: Value, where: str, batch: int, arena_bytes: int, around:
     if value.where == "arena" and value.offset + value.num_bytes > arena_bytes:
         raise InputError(f"{where} ends at byte {value.offset + value.num_bytes}, the arena has {arena_bytes}")
     if value.tensor is not None:
-        size = around.payload_bytes.get(value.tensor)
-        if size is None or value.offset + value.num_bytes > size:
-            raise InputError(f"{where} needs {value.offset + value.num_bytes} bytes of the tensor {value.tensor[:80]!r}, which has {size}")
+        held = around.payload_bytes.get(value.tensor)
+        if held is None or value.offset + value.num_bytes > held:
+            raise InputError(f"{where} needs {value.offset + value.num_bytes} bytes of the tensor {value.tensor[:80]!r}, which has {held}")
     if value.index is not None:
         specs = around.inputs if value.where == "input" else around.outputs
         _whole(value.index, 0, len(specs) - 1, f"{where}: index")

@@ -2,11 +2,13 @@
 
 A plan is one safetensors file. Its metadata holds one entry, `twofour.plan`, a JSON object with `schema`, `backend`, `device`,
 `precision`, `sparsity`, `batches`, `inputs`, `outputs` and `about`; its tensors hold the backend's payload. For the backend
-`onnxruntime` that is one tensor `onnx` of uint8: the bytes of an ONNX file.
+`onnxruntime` that is one tensor `onnx` of uint8: the bytes of an ONNX file. For the backend `cuda` the object also holds `programs`,
+`kernels` and `needs`, and the tensors are weights, compiled kernels and serialized library plans. docs/plan.md is the specification.
 """
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import numpy.typing as npt
 
 from twofour.errors import InputError, PlanFormatError
 from twofour.files import existing_file, written_aside
+from twofour.plan.program import Program, Surroundings, read_program
 
 SCHEMA = 1
 # NOTE: one entry only. The safetensors library writes several in an order that changes from run to run, and a plan is byte-exact.
 KEY = "twofour.plan"
-BACKENDS = ("onnxruntime",)
-DEVICES = ("cpu",)
+BACKENDS = ("onnxruntime", "cuda")
+DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16")
 SPARSITY = ("auto", "off", "force")
 DTYPES = frozenset({"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
@@ -44,6 +47,8 @@ class Plan:
 
     Attributes:
         batches: batch sizes it was tuned for; empty means any.
+        programs: what the backend `cuda` does, one a batch size. kernels: family -> digest of the device sources its compiled kernels were
+            made from. needs: library -> version its steps were chosen with.
         about: how it was built (versions, the source's digest, notes), for people and reports.
     """
 
@@ -56,6 +61,9 @@ class Plan:
     payload: dict[str, npt.NDArray[Any]] = field(repr=False)
     batches: tuple[int, ...] = ()
     about: dict[str, Any] = field(default_factory=dict, repr=False)
+    programs: tuple[Program, ...] = field(default=(), repr=False)
+    kernels: dict[str, str] = field(default_factory=dict, repr=False)
+    needs: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -74,7 +82,12 @@ class Plan:
         """
         from safetensors.numpy import save_file
 
-        header = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "payload"}}
+        header: dict[str, Any] = {"schema": SCHEMA}
+        for name in ("backend", "device", "precision", "sparsity", "batches", "about"):
+            header[name] = getattr(self, name)
+        header |= {"inputs": [asdict(v) for v in self.inputs], "outputs": [asdict(v) for v in self.outputs]}
+        if self.backend == "cuda":
+            header |= {"programs": [p.to_plain() for p in self.programs], "kernels": self.kernels, "needs": self.needs}
         with written_aside(path) as aside:
             save_file(self.payload, aside, {KEY: json.dumps(header, sort_keys=True)})
 
@@ -104,6 +117,13 @@ class Plan:
     @classmethod
     def _from_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
         try:
+            return cls._read_header(text, payload, where)
+        except PlanFormatError as error:
+            raise PlanFormatError(_one_line(str(error))) from error
+
+    @classmethod
+    def _read_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
+        try:
             header = json.loads(text)
             schema = header.pop("schema")
             if schema != SCHEMA:
@@ -119,9 +139,13 @@ class Plan:
                 batches=tuple(_size(b) for b in header["batches"]),
                 about=dict(header["about"]),
             )
+            if plan.backend == "cuda":
+                plan = _with_programs(plan, header)
         except PlanFormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except InputError as error:
+            raise PlanFormatError(f"plan {where!r} is damaged: {_one_line(str(error))}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise PlanFormatError(f"plan {where!r} is damaged: its description cannot be read ({error!r})") from error
         for what, value, known in (
             ("device", plan.device, DEVICES),
@@ -134,11 +158,52 @@ class Plan:
             raise PlanFormatError(
                 f"plan {where!r} asks for the backend {plan.backend!r}, this version has {list(BACKENDS)}; update twofour"
             )
+        if (plan.backend == "cuda") != (plan.device == "cuda") or (plan.backend == "cuda" and plan.precision == "fp32"):
+            raise PlanFormatError(
+                f"plan {where!r} is damaged: the backend {plan.backend!r} does not run {plan.precision} on the device {plan.device!r}"
+            )
         if plan.backend == "onnxruntime" and not (
             set(payload) == {"onnx"} and payload["onnx"].dtype == np.uint8 and payload["onnx"].ndim == 1
         ):
             raise PlanFormatError(f"plan {where!r} is damaged: the onnxruntime backend expects one tensor 'onnx' of uint8")
         return plan
+
+
+def _one_line(text: str, most: int = 600) -> str:
+    """A message of bounded length on one line, whatever a file put into it."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} ..."
+
+
+def _strings(value: Any, what: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise InputError(f"{what} is no object of strings")
+    return dict(value)
+
+
+def _with_programs(plan: Plan, header: dict[str, Any]) -> Plan:
+    """The plan with its checked programs; a compiled kernel is named after its digest, so that damage is seen."""
+    sizes = {name: array.nbytes for name, array in plan.payload.items()}
+    specs = [tuple((v.dtype, v.shape) for v in values) for values in (plan.inputs, plan.outputs)]
+    around = Surroundings(sizes, specs[0], specs[1])
+    if not isinstance(header["programs"], list) or not plan.inputs or not plan.outputs:
+        raise InputError("programs is no list, or there are no inputs or outputs")
+    programs = tuple(read_program(program, around) for program in header["programs"])
+    if not programs or tuple(sorted(p.batch for p in programs)) != tuple(sorted(set(plan.batches))):
+        raise InputError(f"programs are for batches {[p.batch for p in programs][:8]}, the plan says {list(plan.batches)[:8]}")
+    for name in {step.parts["cubin"] for p in programs for step in p.steps if "cubin" in step.parts}:
+        if name != cubin_name(plan.payload[name].tobytes()):
+            raise InputError(f"the compiled kernel {name[:80]!r} has another digest than its name says")
+    kernels, needs = _strings(header["kernels"], "kernels"), _strings(header["needs"], "needs")
+    missing = {step.library for p in programs for step in p.steps} - set(needs) - {"twofour"}
+    if missing:
+        raise InputError(f"needs lacks the libraries {sorted(missing)} that steps use")
+    return replace(plan, programs=programs, kernels=kernels, needs=needs)
+
+
+def cubin_name(cubin: bytes) -> str:
+    """Return the payload name of a compiled kernel: its digest."""
+    return f"cubin.{hashlib.sha256(cubin).hexdigest()}"
 
 
 def _size(value: Any) -> int:

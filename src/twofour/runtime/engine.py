@@ -25,32 +25,42 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(plan: Plan, num_threads: int | None) -> Backend:
+def make_backend(plan: Plan, num_threads: int | None, device: int, rebuild: bool) -> Backend:
     """Return the backend that the plan names."""
+    if plan.backend == "cuda":
+        from twofour.runtime.backends.cuda import CudaBackend
+
+        return CudaBackend(plan, device, rebuild=rebuild)
     from twofour.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(plan, num_threads)
 
 
 class Engine:
-    """A plan ready to run. Calling it is thread-safe; the output comes in the input's kind (torch tensor or NumPy array)."""
+    """A plan ready to run. Calling it is thread-safe; the output comes in the input's kind (torch tensor, NumPy array, else DLPack)."""
 
-    def __init__(self, plan: Plan, *, num_threads: int | None = None) -> None:
+    def __init__(self, plan: Plan, *, num_threads: int | None = None, device: int = 0, rebuild: bool = False) -> None:
         self.plan = plan
-        self._backend = make_backend(plan, num_threads)
+        self._backend = make_backend(plan, num_threads, device, rebuild)
 
     def __str__(self) -> str:
         return f"Engine({self.plan})"
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, stream: Any = None) -> Any:
         """Return the output of one batch, or a tuple where the plan has several outputs.
 
         Args:
-            inputs: one value an input of the plan: NumPy array, torch tensor, or anything with DLPack on the CPU.
+            inputs: one value an input of the plan: NumPy array, torch tensor, or anything with DLPack. A GPU plan takes GPU memory as it
+                is, and any number of items: padded to the next batch of the plan, or in several.
+            stream: of a GPU plan: what the work is put on, an address or a stream object; None: torch's current stream for torch tensors.
 
         Raises:
-            InputError: wrong number, dtype or shape.
+            InputError: wrong number, dtype or shape; a stream for a plan that runs on the CPU.
         """
+        if self.plan.backend == "cuda":
+            return self._backend.call(inputs, stream)  # type: ignore[attr-defined]
+        if stream is not None:
+            raise InputError("engine: a stream was given, expected none: this plan runs on the CPU")
         arrays = self._checked(inputs)
         outputs = self._backend.run(arrays)
         if inputs and type(inputs[0]).__module__.split(".")[0] == "torch":
@@ -111,14 +121,16 @@ def _as_array(value: Any, spec: ValueSpec) -> Array:
     raise InputError(f"engine: input {spec.name!r} is a {type(value).__name__}, expected a NumPy array, a torch tensor or a DLPack object")
 
 
-def load(path: str | os.PathLike[str] | Plan, *, num_threads: int | None = None) -> Engine:
+def load(path: str | os.PathLike[str] | Plan, *, num_threads: int | None = None, device: int = 0, rebuild: bool = False) -> Engine:
     """Return the engine of a plan file (or of a Plan).
 
     Args:
         num_threads: CPU threads of the onnxruntime backend; None leaves the choice to it.
+        device: number of the GPU for a GPU plan.
+        rebuild: ignore the native code inside a GPU plan: compile our kernels from the installed sources and ask the libraries for theirs.
 
     Raises:
         PlanFormatError: the file is no plan. MissingExtraError: its backend is not installed.
     """
     plan = path if isinstance(path, Plan) else Plan.load(Path(path))
-    return Engine(plan, num_threads=num_threads)
+    return Engine(plan, num_threads=num_threads, device=device, rebuild=rebuild)

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twofour.builder.tactics import peers
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.jit.driver import Buffer, bindings, check, num_sms
-from twofour.kernels.gemm import contract
+from twofour.kernels.gemm import contract, cublaslt, cusparselt
 from twofour.kernels.gemm.contract import Config, Problem
 from twofour.kernels.gemm.launch import Gemm
 from twofour.kernels.gemm.source import sources_digest
@@ -52,7 +51,9 @@ def why_not(problem: Problem, tactic: Tactic) -> str | None:
         return contract.why_not(replace(problem, sparse=tactic.sparse), tactic.config or Config())
     if tactic.library not in LIBRARIES:
         return f"library {tactic.library!r} is not one of {', '.join(LIBRARIES)}"
-    return peers.why_not(tactic.library, problem)
+    if tactic.library == "cusparselt":
+        return cusparselt.why_not(problem)
+    return cublaslt.why_not(problem)
 
 
 def tactics(problem: Problem, sms: int = 132, *, libraries: Sequence[str] = LIBRARIES, limit: int = MOST_TIMED) -> list[Tactic]:
@@ -77,6 +78,7 @@ class Prepared:
     call: Callable[[int, int, int, int], None]
     adopt: Callable[[Any], Any]
     version: str
+    search: Callable[[int, int, int], object] | None = None  # a library's own search over its algorithms, on (x, weight, d)
 
     def address(self, adopted: Any) -> int:
         """Return the device address of an adopted weight."""
@@ -93,11 +95,23 @@ def prepare(problem: Problem, tactic: Tactic, device: int = 0) -> Prepared:
     if reason is not None:
         raise InputError(f"{tactic} cannot compute {problem}: {reason}")
     if tactic.library == "cublaslt":
-        lt = peers.CublasLt(problem, tactic.algorithm)
-        return Prepared(tactic, lt, lambda weight: weight, lt.version)
+        lt = cublaslt.CublasLt(problem, tactic.algorithm)
+        space = Buffer(lt.workspace_bytes)
+
+        def call_dense(x: int, weight: int, d: int, stream: int) -> None:
+            lt(x, weight, d, workspace=space.pointer, stream=stream)
+
+        return Prepared(tactic, call_dense, lambda weight: weight, lt.version)
     if tactic.library == "cusparselt":
-        sparse_lt = peers.CusparseLt(problem)
-        return Prepared(tactic, sparse_lt, lambda weight: sparse_lt.compress(weight.data_ptr()), sparse_lt.version)
+        sparse_lt = cusparselt.CusparseLt(problem)
+        sparse_space = Buffer(cusparselt.WORKSPACE_BYTES)
+
+        def call_sparse(x: int, weight: int, d: int, stream: int) -> None:
+            sparse_lt(x, weight, d, workspace=sparse_space.pointer, stream=stream)
+
+        return Prepared(
+            tactic, call_sparse, lambda weight: sparse_lt.compress(weight.data_ptr()), sparse_lt.version, search=sparse_lt.search
+        )
     ours = Gemm(replace(problem, sparse=tactic.sparse), tactic.config, device=device)
     workspace = Buffer(ours.workspace_bytes, zeroed=True)
 
@@ -145,10 +159,8 @@ class Operands:
         def enqueue(i: int, stream: int, _alive: Any = (self, adopted)) -> None:
             prepared.call(*rows[i], stream)
 
-        if prepared.tactic.library == "cusparselt":
-            library = prepared.call
-            assert isinstance(library, peers.CusparseLt)
-            library.search(*rows[0])
+        if prepared.search is not None:
+            prepared.search(*rows[0])
         return Candidate(str(prepared.tactic), enqueue, self.sets)
 
 

@@ -2,14 +2,12 @@
 
 import struct
 import threading
-from functools import lru_cache
 
-from twofour.errors import InputError, UnsupportedError
+from twofour.errors import InputError
 from twofour.jit import driver
-from twofour.jit.cache import Cache, default_cache
-from twofour.jit.source import Source
 from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, store_chunks
 from twofour.kernels.gemm.source import source
+from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
 from twofour.pattern.pack_sm90 import BLOCK_K
 
 # struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned.
@@ -18,16 +16,6 @@ _SIZES = struct.Struct("<13i10I")
 _PARAMS_BYTES = 448
 BOX_OUTPUTS = 64
 _KEPT_MAPS = 1024  # address pairs a product remembers; all layers of one size share it
-
-
-def divisor(value: int) -> tuple[int, int]:
-    """Return (multiplier, shift) with `n * multiplier >> shift == n // value` for 0 <= n < 2^31.
-
-    With l = ceil(log2 value), multiplier = ceil(2^(31 + l) / value) < 2^32. Source: Granlund and Montgomery 1994, theorem 4.2.
-    """
-    value = max(value, 1)
-    bits = (value - 1).bit_length()
-    return -(-(1 << 31 + bits) // value), 31 + bits
 
 
 def pack_sizes(problem: Problem, launch: Launch) -> bytes:
@@ -42,14 +30,6 @@ def pack_sizes(problem: Problem, launch: Launch) -> bytes:
     return _SIZES.pack(*numbers)
 
 
-@lru_cache(maxsize=256)
-def _kernel(text: Source, device: int, shared_bytes: int, cache_folder: str | None) -> int:
-    from pathlib import Path
-
-    cache = default_cache() if cache_folder is None else Cache(Path(cache_folder))
-    return driver.load_kernel(cache.get(text).cubin, text.name, device, shared_bytes)
-
-
 class Gemm:
     """One matrix product on one GPU, prepared; calling it only launches.
 
@@ -58,29 +38,33 @@ class Gemm:
     """
 
     def __init__(
-        self, problem: Problem, config: Config | None = None, *, device: int = 0, overlap: bool = False, cache_folder: str | None = None
+        self,
+        problem: Problem,
+        config: Config | None = None,
+        *,
+        device: int = 0,
+        overlap: bool = False,
+        cache_folder: str | None = None,
+        cubin: bytes | None = None,
     ) -> None:
         """Compile or fetch the kernel and load it; `config` None takes the modelled default.
 
         Args:
+            cubin: the compiled kernel; None: from the cache or the compiler.
             overlap: a call may start while the kernel before it in the stream drains; its inputs are read only once that one has finished.
 
         Raises:
             UnsupportedError: GPU `device` is not of compute capability 9.0.
             InputError: `why_not(problem, config)` has a reason.
         """
-        found = driver.capability(device)
-        if found != (9, 0):
-            raise UnsupportedError(
-                f"GPU {device} has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper); use the library tactics"
-            )
+        refuse_other_gpus(device)
         sms = driver.num_sms(device)
         self.problem, self.device = problem, device
         self.config = default(problem, sms) if config is None else config
         self.plan = derive(problem, self.config, sms)
-        kernel = _kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder)
+        handle = kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder, cubin)
         params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
-        self._launcher = driver.Launcher(kernel, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
         self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         self._encoding = threading.Lock()
         tuned, config = self.config.kernel == "tuned", self.config

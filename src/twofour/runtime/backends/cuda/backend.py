@@ -1,0 +1,294 @@
+"""The plan on a GPU: weights uploaded once, steps prepared once, one context a thread, outputs in the kind of the inputs."""
+
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twofour.errors import InputError, PlanFormatError
+from twofour.kernels.families import OURS
+from twofour.kernels.launchable import Launchable, launchable, sources_digests
+from twofour.plan import Plan, ValueSpec
+from twofour.plan.program import ALIGN, FALLBACK, Program, Step
+from twofour.runtime.backends.cuda.batches import Chunk, chunks
+from twofour.runtime.backends.cuda.context import Context, Memory, Prepared, input_aligns, segments
+from twofour.runtime.backends.cuda.dlpack import DeviceArray
+from twofour.runtime.backends.cuda.fallback import Fallback
+from twofour.runtime.backends.cuda.inputs import Given, given, is_torch, stream_of
+
+logger = logging.getLogger(__name__)
+Array = npt.NDArray[Any]
+OUTPUT_ALIGN = 16  # bytes; an output that lies elsewhere goes through a buffer
+
+
+class CudaBackend:
+    """Runs a plan of the backend `cuda`. Calls are safe from several threads; each thread has its own context, made on demand."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: int = 0,
+        *,
+        rebuild: bool = False,
+        gpu: Any = None,
+        make: Callable[..., Launchable] = launchable,
+    ) -> None:
+        """Upload the weights.
+
+        Args:
+            rebuild: ignore kernels and library plans embedded in the plan; compile ours from the installed sources and ask the libraries.
+            gpu: the GPU as an object, in place of GPU `device`. make: makes a step callable, as `kernels.launchable.launchable`.
+
+        Raises:
+            PlanFormatError: the plan's kernels are of other sources than the installed package's. MissingExtraError: a library is missing.
+            UnsupportedError: there is no such GPU, or not enough memory.
+        """
+        if gpu is None:
+            from twofour.runtime.backends.cuda.gpu import Gpu
+
+            gpu = Gpu(device)
+        self.plan, self.gpu, self._rebuild, self._make = plan, gpu, rebuild, make
+        self._programs = {program.batch: program for program in plan.programs}
+        if not rebuild:
+            self._refuse_other_sources()
+        self._lock = threading.Lock()
+        self._prepared: dict[int, Prepared] = {}
+        self._cudnn: Any = None
+        self._threads = threading.local()
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._weights = self._upload()
+
+    def _refuse_other_sources(self) -> None:
+        installed = sources_digests()
+        for family, digest in self.plan.kernels.items():
+            if installed.get(family) != digest:
+                raise PlanFormatError(
+                    f"plan: its {family} kernels are of sources {digest}, the installed package has {installed.get(family)}; "
+                    "build it again, or load it with rebuild=True"
+                )
+
+    def _upload(self) -> dict[str, int]:
+        names = sorted({v.tensor for p in self.plan.programs for v in p.values.values() if v.where == "weights" and v.tensor is not None})
+        offsets, end = {}, 0
+        for name in names:
+            offsets[name] = end
+            end += -(-self.plan.payload[name].nbytes // ALIGN) * ALIGN
+        self.gpu.use()
+        self._weight_memory = Memory(self.gpu, end)
+        stream = self.gpu.stream()
+        for name in names:
+            array = np.ascontiguousarray(self.plan.payload[name])
+            self.gpu.upload(self._weight_memory.address + offsets[name], array.ctypes.data, array.nbytes, stream)
+            self.gpu.synchronize(stream)
+        return {name: self._weight_memory.address + offset for name, offset in offsets.items()}
+
+    def _handle(self) -> Any:
+        if self._cudnn is None:
+            from twofour.kernels.cudnn import Handle
+
+            self._cudnn = Handle(self.gpu.device)
+        return self._cudnn
+
+    def _part(self, step: Step, part: str) -> bytes | None:
+        if part not in step.parts or (self._rebuild and step.family != FALLBACK):
+            return None
+        return self.plan.payload[step.parts[part]].tobytes()
+
+    def _launchable(self, program: Program, step: Step) -> Launchable:
+        if step.family == FALLBACK:
+            return Fallback(step, program.values, self._part(step, "model") or b"", self.gpu)
+        made = self._make(
+            step.family,
+            step.library,
+            step.problem,
+            step.config,
+            step.algorithm,
+            device=self.gpu.device,
+            cubin=self._part(step, "cubin"),
+            graph=self._part(step, "graph"),
+            handle=self._handle() if step.library == "cudnn" else None,
+        )
+        if made.workspace_bytes > program.workspace_bytes:
+            raise PlanFormatError(
+                f"plan: step {step.name!r} needs {made.workspace_bytes} bytes of workspace here, batch {program.batch} has "
+                f"{program.workspace_bytes}; build the plan again on this machine"
+            )
+        return made
+
+    def prepared(self, batch: int) -> Prepared:
+        """Return the program of a batch size with its steps made callable, on first use."""
+        with self._lock:
+            found = self._prepared.get(batch)
+            if found is None:
+                program = self._programs[batch]
+                self.gpu.use()
+                calls = [self._launchable(program, step) for step in program.steps]
+                found = self._prepared[batch] = Prepared(program, calls, segments(program), input_aligns(program))
+            return found
+
+    def context(self) -> Context:
+        """Return this thread's execution context."""
+        found: Context | None = getattr(self._threads, "context", None)
+        if found is None:
+            arena = max(p.arena_bytes for p in self.plan.programs)
+            workspace = max(p.workspace_bytes for p in self.plan.programs)
+            found = self._threads.context = Context(self.gpu, self._weights, arena, workspace)
+            with self._lock:
+                self._contexts.add(found)
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held: weights and the contexts of all threads."""
+        with self._lock:
+            return int(self._weight_memory.size) + sum(context.num_bytes for context in self._contexts)
+
+    def call(self, inputs: Sequence[Any], stream: Any = None) -> Any:
+        """Return the outputs of `inputs` in their kind: torch tensors, NumPy arrays, else `DeviceArray`; one alone, several as a tuple.
+
+        Args:
+            stream: what the work is put on; None: torch's current stream for torch tensors, else the context's own.
+
+        Raises:
+            InputError: wrong number, dtype, shape or device of the inputs.
+        """
+        specs = self.plan.inputs
+        if len(inputs) != len(specs):
+            raise InputError(f"engine: {len(inputs)} inputs given, expected {len(specs)}: {', '.join(map(str, specs))}")
+        self.gpu.use()
+        context = self.context()
+        where = self._stream(inputs[0], stream, context)
+        given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
+        items = self._items(given_inputs)
+        context.order(where)
+        results = self._results(inputs[0], items, given_inputs[0].address is None)
+        for chunk in chunks(items, sorted(self._programs)):
+            self._run_chunk(context, chunk, given_inputs, results, where)
+        self.gpu.record(context.done, where)
+        finished = self._finish(inputs[0], given_inputs, results, where)
+        return finished[0] if len(finished) == 1 else tuple(finished)
+
+    def run(self, inputs: list[Array]) -> list[Array]:
+        """Return the outputs of NumPy arrays as NumPy arrays."""
+        found = self.call(inputs)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
+        """Return (node, family and library, median microseconds of single launches), slowest first; the batch must be one of the plan's."""
+        found = [given(value, spec, self.gpu.device, 0) for value, spec in zip(inputs, self.plan.inputs, strict=True)]
+        items = self._items(found)
+        if items not in self._programs:
+            raise InputError(f"engine: batch {items} was asked for, the plan was built for {sorted(self._programs)}")
+        context, prepared = self.context(), self.prepared(items)
+        context.order(context.stream)
+        chunk = Chunk(0, items, items)
+        addresses = [self._input(context, prepared, chunk, i, g, context.stream) for i, g in enumerate(found)]
+        outputs = [context.buffer(items, "output", i, self._bytes(spec, items)) for i, spec in enumerate(self.plan.outputs)]
+        taken = context.times_us(prepared, addresses, outputs, num_runs)
+        rows = [
+            (step.name, f"{step.family} by {step.library}", float(median(t))) for step, t in zip(prepared.program.steps, taken, strict=True)
+        ]
+        return sorted(rows, key=lambda row: -row[2])
+
+    def _stream(self, first: Any, stream: Any, context: Context) -> int:
+        if stream is not None:
+            return stream_of(stream)
+        if is_torch(first) and first.is_cuda:
+            return int(sys.modules["torch"].cuda.current_stream(self.gpu.device).cuda_stream)
+        return context.stream
+
+    def _items(self, inputs: Sequence[Given]) -> int:
+        found: set[int] = {g.shape[0] for g, spec in zip(inputs, self.plan.inputs, strict=True) if spec.shape and spec.shape[0] is None}
+        if len(found) > 1:
+            raise InputError(f"engine: the inputs disagree about the batch: {sorted(found)}; give all the same")
+        if 0 in found:
+            raise InputError("engine: the batch is empty, expected at least one item")
+        return int(found.pop() if found else next(iter(self._programs)))
+
+    @staticmethod
+    def _shape(spec: ValueSpec, items: int) -> tuple[int, ...]:
+        return tuple(items if size is None else size for size in spec.shape)
+
+    def _bytes(self, spec: ValueSpec, items: int) -> int:
+        return int(np.prod(self._shape(spec, items), dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+
+    def _results(self, first: Any, items: int, on_host: bool) -> list[Any]:
+        """What the outputs are written to: torch tensors, NumPy arrays or device memory."""
+        made: list[Any] = []
+        for spec in self.plan.outputs:
+            shape = self._shape(spec, items)
+            if on_host:
+                made.append(np.empty(shape, spec.dtype))
+            elif is_torch(first):
+                torch = sys.modules["torch"]
+                made.append(torch.empty(shape, dtype=getattr(torch, spec.dtype), device=first.device))
+            else:
+                made.append(DeviceArray(self.gpu, Memory(self.gpu, self._bytes(spec, items)), spec.dtype, shape))
+        return made
+
+    def _input(self, context: Context, prepared: Prepared, chunk: Chunk, index: int, found: Given, stream: int) -> int:
+        """Address of an input for one chunk: the caller's own where it is whole and aligned, else a filled buffer of the context."""
+        spec = self.plan.inputs[index]
+        batched = bool(spec.shape) and spec.shape[0] is None
+        item = self._bytes(spec, 1)
+        first, count = (chunk.first, chunk.count) if batched else (0, 1)
+        whole = not batched or chunk.count == chunk.batch
+        if found.address is not None:
+            address = found.address + first * item
+            if whole and address % prepared.input_aligns.get(index, 1) == 0 and index not in prepared.segments.static_inputs:
+                return address
+        buffer = context.buffer(chunk.batch, "input", index, self._bytes(spec, chunk.batch))
+        if found.address is not None:
+            self.gpu.copy(buffer, found.address + first * item, count * item, stream)
+        else:
+            assert found.host is not None
+            self.gpu.upload(buffer, found.host.ctypes.data + first * item, count * item, stream)
+        return buffer
+
+    def _run_chunk(self, context: Context, chunk: Chunk, found: Sequence[Given], results: Sequence[Any], stream: int) -> None:
+        prepared, gpu = self.prepared(chunk.batch), self.gpu
+        inputs = [self._input(context, prepared, chunk, i, g, stream) for i, g in enumerate(found)]
+        targets, moves = [], []
+        for index, (spec, result) in enumerate(zip(self.plan.outputs, results, strict=True)):
+            batched = bool(spec.shape) and spec.shape[0] is None
+            item = self._bytes(spec, 1)
+            on_host = isinstance(result, np.ndarray)
+            target = address_of(result) + (chunk.first * item if batched else 0)
+            if on_host or (batched and chunk.count < chunk.batch) or target % OUTPUT_ALIGN:
+                buffer = context.buffer(chunk.batch, "output", index, self._bytes(spec, chunk.batch))
+                moves.append((gpu.download if on_host else gpu.copy, target, buffer, (chunk.count if batched else 1) * item))
+                target = buffer
+            targets.append(target)
+        context.run(prepared, inputs, targets, stream)
+        for move, target, buffer, size in moves:
+            move(target, buffer, size, stream)
+
+    def _finish(self, first: Any, found: Sequence[Given], results: list[Any], stream: int) -> list[Any]:
+        if found[0].address is None or not is_torch(first):
+            # What was borrowed goes back, and host memory is read, only once the GPU is done.
+            self.gpu.synchronize(stream)
+            return [sys.modules["torch"].from_numpy(r) for r in results] if is_torch(first) else results
+        torch = sys.modules["torch"]
+        if stream != int(torch.cuda.current_stream(first.device).cuda_stream):
+            # The allocator must not reuse this memory before the other stream is done with it.
+            for tensor in (*(g.alive for g in found if is_torch(g.alive)), *results):
+                tensor.record_stream(torch.cuda.ExternalStream(stream, device=first.device))
+        return results
+
+
+def address_of(result: Any) -> int:
+    """Return where a result lies: a NumPy array, a torch tensor or a `DeviceArray`."""
+    if isinstance(result, np.ndarray):
+        return int(result.ctypes.data)
+    return int(result.data_ptr()) if is_torch(result) else int(result.address)
+
+
+def needed_libraries(plan: Plan) -> Mapping[str, str]:
+    """Return the libraries a GPU plan needs and the versions it was built with; empty: the driver alone."""
+    return {name: version for name, version in plan.needs.items() if name != OURS}

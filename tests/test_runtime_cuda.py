@@ -1,0 +1,242 @@
+"""The GPU backend's bookkeeping on a GPU made of host memory: segments, graphs, buffers, batches, threads, DLPack."""
+
+import ctypes
+import gc
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import FakeGpu
+from plan_samples import CHANNELS, SIDE, expected, plan, program
+
+from twofour.errors import InputError, PlanFormatError
+from twofour.plan import Plan
+from twofour.runtime.backends.cuda import CudaBackend
+from twofour.runtime.backends.cuda.batches import Chunk, chunks
+from twofour.runtime.backends.cuda.context import Memory, segments
+from twofour.runtime.backends.cuda.dlpack import CUDA, Borrowed, DeviceArray, offer
+from twofour.runtime.backends.cuda.inputs import stream_of
+
+RNG = np.random.default_rng(0)
+
+
+def images(batch: int) -> np.ndarray:
+    return RNG.standard_normal((batch, CHANNELS, SIDE, SIDE)).astype(np.float32)
+
+
+def backend(source: Plan | None = None, **options: Any) -> CudaBackend:
+    gpu = FakeGpu()
+    return CudaBackend(source or plan(), gpu=gpu, make=gpu.make, **options)
+
+
+class OnFakeGpu:
+    """A producer whose memory is on the fake GPU: what cupy or jax would hand over."""
+
+    def __init__(self, array: np.ndarray, device: int = 0, strides: tuple[int, ...] | None = None, offset: int = 0) -> None:
+        self.shape = array.shape
+        self._memory = ctypes.create_string_buffer(array.nbytes + 512)
+        self.address = -(-ctypes.addressof(self._memory) // 256) * 256 + offset
+        ctypes.memmove(self.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        self.device, self.dtype, self.streams, self.strides = device, str(array.dtype), [], strides
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self.device
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        self.streams.append(stream)
+        return offer(self.address, self.dtype, self.shape, self.device, self)
+
+
+@pytest.mark.parametrize("copy_out", [True, False])
+@pytest.mark.parametrize("items", [1, 2, 3, 4, 5, 9, 11])
+def test_any_number_of_items_gives_each_its_own_result(items: int, copy_out: bool) -> None:
+    engine, x = backend(plan(copy_out=copy_out)), images(items)
+    for _ in range(2):
+        y = engine.call([x])
+        assert isinstance(y, np.ndarray)
+        assert np.array_equal(y, expected(x).astype(np.float32))
+
+
+def test_chunks_take_the_largest_batch_then_the_smallest_that_holds_the_rest() -> None:
+    assert chunks(70, [1, 8, 32]) == [Chunk(0, 32, 32), Chunk(32, 32, 32), Chunk(64, 6, 8)]
+    assert chunks(32, [1, 8, 32]) == [Chunk(0, 32, 32)]
+    assert chunks(9, [1, 8, 32]) == [Chunk(0, 9, 32)]
+    with pytest.raises(InputError, match=r"0 items and the batch sizes .*, expected at least one of both"):
+        chunks(0, [1])
+
+
+def test_steps_at_the_callers_memory_stay_out_of_the_graph() -> None:
+    s = segments(program(4))
+    assert (s.graph_begin, s.graph_end, s.static_inputs, s.static_outputs) == (1, 3, frozenset(), frozenset())
+    s = segments(program(4, copy_out=False))
+    assert (s.graph_begin, s.graph_end, s.static_outputs) == (1, 4, frozenset({0}))
+
+
+def test_a_graph_is_captured_once_a_batch_and_replayed() -> None:
+    engine = backend()
+    x = OnFakeGpu(images(4))
+    engine.call([x])
+    before = len(engine.gpu.log)
+    engine.call([x])
+    # Neither input nor output is copied: both steps at the ends take the caller's addresses.
+    assert engine.gpu.log[before:] == ["pointwise", "graph", "pointwise"]
+
+
+def test_misaligned_and_padded_inputs_go_through_a_buffer() -> None:
+    engine, array = backend(), images(4)
+    y = engine.call([OnFakeGpu(array, offset=4)])
+    assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
+    assert "copy" in engine.gpu.log
+
+
+def test_dlpack_in_and_out_with_the_stream_passed_on() -> None:
+    engine, array = backend(), images(4)
+    x = OnFakeGpu(array)
+    y = engine.call([x], 7)
+    assert x.streams == [7]
+    engine.call([x], 0)
+    assert x.streams == [7, 1]  # the protocol writes stream 0 as 1
+    assert isinstance(y, DeviceArray)
+    assert y.__dlpack_device__() == (CUDA, 0)
+    borrowed = Borrowed(y, 1)
+    assert (borrowed.shape, borrowed.dtype, borrowed.address, borrowed.is_contiguous) == ((4, CHANNELS), "float32", y.address, True)
+    assert np.array_equal(np.asarray(y), expected(array).astype(np.float32))
+    assert repr(y) == "DeviceArray(float32[4, 8] on GPU 0)"
+
+
+def test_device_memory_goes_back_with_the_last_holder() -> None:
+    engine = backend()
+    x = OnFakeGpu(images(4))
+    y = engine.call([x])
+    held = len(engine.gpu.held)
+    borrowed = Borrowed(y, 1)
+    del y
+    gc.collect()
+    assert len(engine.gpu.held) == held
+    borrowed.release()
+    gc.collect()
+    assert len(engine.gpu.held) == held - 1
+    # A capsule that nobody consumed owns its array as well.
+    capsule = engine.call([x]).__dlpack__()
+    assert len(engine.gpu.held) == held
+    del capsule
+    gc.collect()
+    assert len(engine.gpu.held) == held - 1
+
+
+def test_host_tensors_of_torch_come_back_as_such() -> None:
+    x = images(3)
+    y = backend().call([torch.from_numpy(x)])
+    assert isinstance(y, torch.Tensor)
+    assert np.array_equal(y.numpy(), expected(x).astype(np.float32))
+
+
+def test_two_streams_of_one_thread_are_put_in_order() -> None:
+    engine, x = backend(), OnFakeGpu(images(4))
+    engine.call([x], 7)
+    engine.call([x], 7)
+    assert engine.gpu.log.count("wait on 7") == 1
+    engine.call([x], 8)
+    assert engine.gpu.log.count("wait on 8") == 1
+
+
+def test_threads_have_contexts_of_their_own_and_agree() -> None:
+    engine, inputs = backend(), [images(n) for n in (1, 2, 4, 7)]
+    wanted = [expected(x).astype(np.float32) for x in inputs]
+    wrong: list[int] = []
+
+    def work(shift: int) -> None:
+        for turn in range(20):
+            i = (turn + shift) % len(inputs)
+            if not np.array_equal(engine.call([inputs[i]]), wanted[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    del threads, thread
+    gc.collect()
+    # The threads are gone and their contexts with them: only the weights are left.
+    assert len(engine.gpu.held) == 1
+
+
+def test_memory_does_not_grow_with_changing_batches() -> None:
+    engine = backend()
+    for items in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        engine.call([images(items)])
+    held, size = len(engine.gpu.held), engine.num_bytes
+    for _ in range(5):
+        for items in (9, 1, 3, 8, 2, 5):
+            engine.call([images(items)])
+    gc.collect()
+    assert (len(engine.gpu.held), engine.num_bytes) == (held, size)
+
+
+def test_a_profile_has_a_row_a_step() -> None:
+    rows = backend().profile([images(4)], 3)
+    assert {name for name, _, _ in rows} == {"turn", "scale", "mean", "out"}
+    with pytest.raises(InputError, match=r"batch 3 was asked for, the plan was built for \[1, 4\]"):
+        backend().profile([images(3)], 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [], "0 inputs given, expected 1"),
+        (lambda: [images(4).astype(np.float64)], r"input 'x' is float64\[4, 8, 4, 4\], expected x float32\[batch, 8, 4, 4\]"),
+        (lambda: [images(4)[:, :4]], r"input 'x' is float32\[4, 4, 4, 4\]"),
+        (lambda: [images(4)[:0]], "the batch is empty"),
+        (lambda: ["x"], "is a str, expected a NumPy array, a torch tensor or a DLPack object"),
+        (lambda: [OnFakeGpu(images(4), device=1)], "is on GPU 1, expected GPU 0"),
+    ],
+)
+def test_wrong_inputs_are_one_sentence(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        backend().call(make())
+
+
+def test_streams_of_all_kinds() -> None:
+    class Torch:
+        cuda_stream = 5
+
+    class Protocol:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, 6
+
+    assert [stream_of(s) for s in (4, Torch(), Protocol())] == [4, 5, 6]
+    with pytest.raises(InputError, match="stream is a str, expected an address, a torch stream or an object with __cuda_stream__"):
+        stream_of("default")
+
+
+def test_kernels_of_other_sources_are_refused_unless_rebuilt() -> None:
+    source = plan()
+    source.kernels["reduce"] = "0" * 16
+    with pytest.raises(PlanFormatError, match=r"its reduce kernels are of sources 0000000000000000, .*load it with rebuild=True"):
+        backend(source)
+    x = images(4)
+    assert np.array_equal(backend(source, rebuild=True).call([x]), expected(x).astype(np.float32))
+
+
+def test_a_step_that_needs_more_scratch_than_the_plan_has_is_refused() -> None:
+    gpu = FakeGpu()
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        made = gpu.make(*arguments, **options)
+        made.workspace_bytes = 4096
+        return made
+
+    with pytest.raises(PlanFormatError, match="step 'turn' needs 4096 bytes of workspace here, batch 4 has 0; build the plan again"):
+        CudaBackend(plan(), gpu=gpu, make=make).call([images(4)])
+
+
+def test_freed_memory_is_freed_once() -> None:
+    gpu = FakeGpu()
+    memory = Memory(gpu, 100)
+    del memory
+    gc.collect()
+    assert gpu.held == {}
