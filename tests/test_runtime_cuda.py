@@ -63,7 +63,7 @@ def test_chunks_take_the_largest_batch_then_the_smallest_that_holds_the_rest() -
     assert chunks(70, [1, 8, 32]) == [Chunk(0, 32, 32), Chunk(32, 32, 32), Chunk(64, 6, 8)]
     assert chunks(32, [1, 8, 32]) == [Chunk(0, 32, 32)]
     assert chunks(9, [1, 8, 32]) == [Chunk(0, 9, 32)]
-    with pytest.raises(InputError, match="0 items and the batch sizes .*, expected at least one of both"):
+    with pytest.raises(InputError, match=r"0 items and the batch sizes .*, expected at least one of both"):
         chunks(0, [1])
 
 
@@ -216,7 +216,7 @@ def test_streams_of_all_kinds() -> None:
 def test_kernels_of_other_sources_are_refused_unless_rebuilt() -> None:
     source = plan()
     source.kernels["reduce"] = "0" * 16
-    with pytest.raises(PlanFormatError, match="its reduce kernels are of sources 0000000000000000, .*load it with rebuild=True"):
+    with pytest.raises(PlanFormatError, match=r"its reduce kernels are of sources 0000000000000000, .*load it with rebuild=True"):
         backend(source)
     x = images(4)
     assert np.array_equal(backend(source, rebuild=True).call([x]), expected(x).astype(np.float32))

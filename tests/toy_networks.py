@@ -1,4 +1,7 @@
-"""Small versions of the architectures that the engine is promised for: every block kind of the original, few of them, on small images."""
+"""Small versions of the architectures that the engine is promised for: every block kind of the original, few of them, on small images.
+
+Their exported graphs are kept in `graphs/`, without weights; `python tests/toy_networks.py` writes them anew.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -132,17 +135,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make(name: str) -> nn.Module:
-    """A network in eval mode whose batch norms hold statistics other than 0 and 1."""
+    """A network in eval mode."""
     import_torchvision()
     torch.manual_seed(0)
-    net = NETWORKS[name]().eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.2, 0.2)
-            module.running_var.uniform_(0.7, 1.4)
-            nn.init.uniform_(module.weight, 0.7, 1.3)
-            nn.init.uniform_(module.bias, -0.2, 0.2)
-    return net
+    return NETWORKS[name]().eval()
 
 
 def export(name: str, path: Path, **options: object) -> nn.Module:
@@ -154,3 +150,18 @@ def export(name: str, path: Path, **options: object) -> nn.Module:
         program = torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, **options)
     program.save(path, external_data=False)
     return net
+
+
+def main(folder: Path) -> None:
+    """Write every network's graph, without its weights, to `folder`."""
+    from graphs import strip
+
+    for name in NETWORKS:
+        path = folder / f"{name}.onnx"
+        export(name, path)
+        (folder / f"{name}.onnx.gz").write_bytes(strip(path.read_bytes()))
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main(Path(__file__).parent / "graphs")

@@ -52,7 +52,8 @@ class Lowered:
     """A network as the engine runs it for one batch size and precision.
 
     Attributes:
-        places: place name -> where it lies. inputs, outputs: roots by position. constants: root -> values in the type they are read in.
+        places: place name -> where it lies. inputs, outputs: roots by position. output_values: names of the outputs' places.
+        constants: root -> values in the type they are read in.
     """
 
     batch: int
@@ -61,6 +62,7 @@ class Lowered:
     places: dict[str, Place]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    output_values: tuple[str, ...]
     constants: dict[str, Array] = field(repr=False)
 
     def buffers(self) -> list[Buffer]:
@@ -111,12 +113,12 @@ def lower(model: ir.Model, batch: int, precision: str) -> Lowered:
     for name, array in emitter.constants.items():
         constants[name] = array
     inputs = tuple(str(value.name) for value in graph.inputs if not value.is_initializer())
-    outputs = []
+    outputs, names = [], tuple(str(value.name) for value in graph.outputs)
     for value in graph.outputs:
         place = storage.place(value)
         emitter.places.setdefault(str(value.name), place)
         outputs.append(place.root)
-    return Lowered(batch, precision, calls, emitter.places, inputs, tuple(outputs), constants)
+    return Lowered(batch, precision, calls, emitter.places, inputs, tuple(outputs), names, constants)
 
 
 def _described(node: ir.Node, family: str, problem: Any, operands: dict[str, str], why_no_kernel: str) -> LayerCall:

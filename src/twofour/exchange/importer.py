@@ -13,6 +13,7 @@ from twofour.exchange.inspect import parse_onnx_file
 from twofour.exchange.support import NO_OPERATOR, why_unsupported
 
 logger = logging.getLogger(__name__)
+SHAPE_OF_INPUT = frozenset({"GroupNormalization", "RMSNormalization", "Swish", "HardSwish", "Mish", "Gelu", "Celu"})
 OLDEST_OPSET, NEWEST_OPSET = 13, 24
 FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 # Folds a graph's constants and returns whether anything changed; the builder gives its own, so that shapes that are computed become known.
@@ -55,9 +56,9 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
                     "only the batch (axis 0) may be dynamic"
                 )
         value.shape = ir.Shape(sizes)
-    fixed = [value for value in model.graph.inputs if value.shape and isinstance(value.shape[0], int) and value.shape[0] != batch]
-    if not symbols and fixed:
-        size = fixed[0].shape[0]
+    fixed = [value.shape[0] for value in model.graph.inputs if value.shape]
+    if not symbols and fixed and batch not in fixed:
+        size = fixed[0]
         raise InputError(
             f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
         )
@@ -97,6 +98,10 @@ def infer_shapes(model: ir.Model, fold: Fold | None) -> None:
     infer = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     for _ in range(8):
         infer(model)
+        for node in model.graph:
+            # ONNX defines these by functions, through which its inference does not look.
+            if node.op_type in SHAPE_OF_INPUT and node.inputs[0] is not None and node.outputs[0].shape is None:
+                node.outputs[0].shape, node.outputs[0].type = node.inputs[0].shape, node.inputs[0].type
         if fold is None or not fold(model):
             break
 

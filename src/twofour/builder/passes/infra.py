@@ -3,10 +3,10 @@
 from abc import abstractmethod
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from twofour.builder.graph import ONNX_DOMAINS, remove_unused
-from twofour.errors import VerificationError
+from twofour.errors import TwofourError, VerificationError
 
 
 class Rewrite(InPlacePass):
@@ -16,6 +16,19 @@ class Rewrite(InPlacePass):
     def name(self) -> str:
         """The class's name, by which errors speak of the pass."""
         return type(self).__name__
+
+    def __call__(self, model_or_result: ir.Model | PassResult, /) -> PassResult:
+        """Check `requires`, run, check `ensures`.
+
+        Raises:
+            TwofourError: as the two raise it.
+        """
+        try:
+            return super().__call__(model_or_result)
+        except (PreconditionError, PostconditionError) as error:
+            if isinstance(error.__cause__, TwofourError):
+                raise error.__cause__ from None
+            raise
 
     @abstractmethod
     def rewrite(self, graph: ir.Graph) -> int:

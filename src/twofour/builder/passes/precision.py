@@ -16,7 +16,8 @@ class Precision(Rewrite):
     """Chooses the type of every floating value.
 
     1. What a step computes: the 16-bit type; sums, norms and programs are fp32 inside the kernels.
-    2. Inputs of the graph stay fp32: Pointwise, Copy and Pad read them so; for any other reader a Copy converts.
+    2. Inputs of the graph, and what a Fallback takes and gives, stay fp32: Pointwise, Copy and Pad read them so; for any other reader a
+       Copy converts.
     3. Outputs of the graph stay fp32: Pointwise, Copy, Reduce, Linear write them so; behind any other step a Copy converts.
     4. Constants: weights, biases, scales and anything small stay fp32 (packing rounds the weights); a large constant that an element-wise
        step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type.
@@ -34,12 +35,17 @@ class Precision(Rewrite):
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Convert inputs, then constants and steps, then outputs."""
+        if any(value.dtype == self.dtype for node in graph for value in node.outputs):
+            return 0  # the types are chosen already
         count = sum(self._input(graph, value) for value in list(graph.inputs) if value.dtype == ir.DataType.FLOAT)
         for node in nodes_of(graph):
+            if is_fused(node, "Fallback"):
+                count += self._fallback(graph, node)
+                continue
             count += self._constants(graph, node)
             for value in node.outputs:
                 reads_input = is_fused(node, "View") and self._is_user_value(node.inputs[0])
-                if value.dtype == ir.DataType.FLOAT and not reads_input and not is_fused(node, "Fallback"):
+                if value.dtype == ir.DataType.FLOAT and not reads_input:
                     value.dtype = self.dtype
                     count += 1
         return count + sum(self._output(graph, value) for value in list(graph.outputs))
@@ -52,18 +58,27 @@ class Precision(Rewrite):
         return value is not None and ((node is None and not value.is_initializer()) or is_fused(node, "Fallback"))
 
     def _input(self, graph: ir.Graph, value: ir.Value) -> bool:  # 2
-        readers = self._readers(value)
+        readers = [node for node in self._readers(value) if not is_fused(node, "Fallback")]
         first = next((use.node for use in value.uses()), None)
         if first is None or all(is_fused(node, *CONVERTS) for node in readers):
             return False
-        converted = make_node(graph, next(iter(graph)), "Copy", [], shape_of(value), stem=f"{value.name}.converted")
-        copy = converted.producer()
-        assert copy is not None
+        node = value.producer()
+        converted = make_copy(graph, value, next(iter(graph)) if node is None else node, behind=node is not None)
+        converted.dtype = self.dtype
         for use in list(value.uses()):
-            use.node.replace_input_with(use.idx, converted)
-        copy.resize_inputs(1)
-        copy.replace_input_with(0, value)
+            if use.node is not converted.producer() and not is_fused(use.node, "Fallback"):
+                use.node.replace_input_with(use.idx, converted)
         return True
+
+    def _fallback(self, graph: ir.Graph, node: ir.Node) -> int:
+        """ONNX Runtime takes and gives fp32."""
+        count = sum(self._input(graph, value) for value in node.outputs if value.dtype == ir.DataType.FLOAT)
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == self.dtype:
+                single = make_copy(graph, value, node)
+                node.replace_input_with(index, single)
+                count += 1
+        return count
 
     def _readers(self, value: ir.Value) -> list[ir.Node]:
         """Return the steps that read a value, through views."""
@@ -107,11 +122,9 @@ class Precision(Rewrite):
         ):  # type: ignore[arg-type]
             value.dtype = layer.outputs[0].dtype = ir.DataType.FLOAT  # type: ignore[union-attr]
             return True
-        output = make_copy_after(graph, node, value)
+        output = make_copy(graph, value, node, behind=True)
         replace(graph, value, output)
-        copy = output.producer()
-        assert copy is not None
-        copy.replace_input_with(0, value)
+        output.producer().replace_input_with(0, value)
         return True
 
     def _writes_fp32(self, node: ir.Node | None) -> bool:
@@ -119,12 +132,11 @@ class Precision(Rewrite):
         return plain or is_fused(node, *WRITES_FP32)
 
 
-def make_copy_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """Return an fp32 copy of a value, made directly behind the step that computes it."""
-    made = make_node(graph, node, "Copy", [], shape_of(value), like=node, stem=f"{value.name}.out")
-    copy = made.producer()
-    assert copy is not None
-    graph.remove(copy)
-    graph.insert_after(node, copy)
-    copy.resize_inputs(1)
+def make_copy(graph: ir.Graph, value: ir.Value, at: ir.Node, *, behind: bool = False) -> ir.Value:
+    """Return an fp32 copy of a value, made in front of a step or behind it."""
+    made = make_node(graph, at, "Copy", [value], shape_of(value), like=at, stem=f"{value.name}.converted")
+    if behind:
+        copy = made.producer()
+        graph.remove(copy)
+        graph.insert_after(at, copy)
     return made

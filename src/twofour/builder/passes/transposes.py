@@ -41,7 +41,7 @@ class SinkTransposes(Rewrite):
         Raises:
             UnsupportedError: there are others; the message lists them all.
         """
-        left = [f"{node.op_type} ({node.name})" for node in model.graph if node.domain != "twofour" and not is_op(node, "Identity")]
+        left = [f"{node.op_type} ({node.name})" for node in model.graph if node.domain != "twofour" and not is_op(node, "Identity", *VIEWS)]
         if left:
             raise UnsupportedError(f"{self.name}: the engine has no step for {', '.join(left)}; build with fallback to run them on the CPU")
 

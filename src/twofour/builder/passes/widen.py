@@ -43,7 +43,7 @@ class WidenChannels(Rewrite):
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Widen in graph order: a layer's outputs before the inputs of those behind it."""
-        count = 0
+        count, self._padded = 0, dict[tuple[int, int], ir.Value]()
         for node in nodes_of(graph):
             if is_fused(node, "Linear") or (is_fused(node, "Conv") and attribute(node, "groups") == 1):
                 count += self._widened(graph, node)
@@ -96,7 +96,9 @@ class WidenChannels(Rewrite):
             # The view of a layer widened before: its new channels are zero.
             if narrowed and is_fused(layer, "Linear", "Conv") and layer is not None and attribute(layer, "activation", "none") != "sigmoid":
                 return source
-        return padded(graph, node, x, more)
+        if (id(x), more) not in self._padded:
+            self._padded[id(x), more] = padded(graph, node, x, more)
+        return self._padded[id(x), more]
 
     def _hand_over(self, graph: ir.Graph, node: ir.Node, output: ir.Value, new: ir.Value, grown: tuple[int, ...]) -> None:  # 1
         shape = shape_of(output)

@@ -77,11 +77,11 @@ __device__ __forceinline__ void pool(const PoolParams& p) {
 #pragma unroll
             for (int i = 0; i < kVector; ++i) y[i] = kMax ? -infinity() : 0.0f;
             int counted_rows = 0, counted_columns = 0;
-#pragma unroll
+#pragma unroll kHeight > 0 ? kHeight : 1
             for (int r = 0; r < kernel_height; ++r) {
                 const int h = top + r * p.dilation_down;
                 if (!kMax) counted_rows += h >= -p.counted_top && h < p.height + p.counted_bottom;
-#pragma unroll
+#pragma unroll kWidth > 0 ? kWidth : 1
                 for (int s = 0; s < kernel_width; ++s) {
                     const int w = left + s * p.dilation_across;
                     if (h < 0 || h >= p.height || w < 0 || w >= p.width) continue;

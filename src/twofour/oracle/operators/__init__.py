@@ -5,7 +5,6 @@ from twofour.oracle.operators.common import Array, Attributes, Inputs, Operator
 from twofour.oracle.operators.elementwise import ELEMENTWISE
 from twofour.oracle.operators.fused import FUSED
 from twofour.oracle.operators.products import PRODUCTS
-from twofour.oracle.operators.programs import run_program
 from twofour.oracle.operators.reductions import REDUCTIONS
 from twofour.oracle.operators.views import VIEWS
 from twofour.oracle.operators.windows import WINDOWS
@@ -13,7 +12,7 @@ from twofour.oracle.operators.windows import WINDOWS
 ONNX: dict[str, Operator] = {**ELEMENTWISE, **WINDOWS, **REDUCTIONS, **VIEWS, **PRODUCTS}
 DOMAINS: dict[str, dict[str, Operator]] = {"": ONNX, "ai.onnx": ONNX, "twofour": FUSED}
 
-__all__ = ["DOMAINS", "FUSED", "ONNX", "has_operator", "run_operator", "run_program"]
+__all__ = ["DOMAINS", "FUSED", "ONNX", "has_operator", "run_operator"]
 
 
 def has_operator(domain: str, kind: str) -> bool:

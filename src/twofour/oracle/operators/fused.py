@@ -1,75 +1,77 @@
-"""The operators of the fused graph (domain `twofour`): channels-last, with their epilogues, in float64."""
+"""The operators of the fused graph (domain `twofour`): channels-last, with their epilogues; the arithmetic is that of the families."""
 
 import json
 
 import numpy as np
 
 from twofour.errors import InputError
-from twofour.oracle.gemm import ACTIVATIONS
+from twofour.oracle import attention as attention_family
+from twofour.oracle import conv as conv_family
+from twofour.oracle import pointwise as pointwise_family
+from twofour.oracle import pool as pool_family
+from twofour.oracle import reduce as reduce_family
+from twofour.oracle.gemm import gemm
 from twofour.oracle.operators.common import Array, Attributes, Inputs, Operator, given, needed, wide
-from twofour.oracle.operators.elementwise import clip
-from twofour.oracle.operators.products import attention
-from twofour.oracle.operators.programs import run_program
-from twofour.oracle.operators.reductions import normalized, softmax
-from twofour.oracle.operators.windows import convolution, pool, resize_matrix
 
-
-def finished(y: Array, bias: Array | None, residual: Array | None, activation: str) -> Array:
-    """Return `activation(y + bias + residual)`, the bias along the last axis."""
-    y = y if bias is None else y + wide(bias)
-    y = y if residual is None else y + wide(residual)
-    return clip(y, 0.0, 6.0) if activation == "relu6" else np.asarray(ACTIVATIONS[activation](y))
+ALONG = ("softmax", "layernorm", "rmsnorm")
 
 
 def run_conv(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     """Conv: x `[N, H, W, C]`, weight `[K, R, S, C / groups]`, bias `[K]`, residual as the output; pads top, left, bottom, right."""
-    x, weight = np.moveaxis(needed(inputs, 0), -1, 1), np.moveaxis(needed(inputs, 1), -1, 1)
-    strides, pads, dilations = attributes["strides"], attributes["pads"], attributes["dilations"]
-    y = np.moveaxis(convolution(x, weight, None, strides, pads, dilations, int(attributes["groups"])), 1, -1)
-    return [finished(y, given(inputs, 2), given(inputs, 3), attributes.get("activation", "none"))]
+    y = conv_family.conv(
+        needed(inputs, 0),
+        needed(inputs, 1),
+        strides=attributes["strides"],
+        pads=attributes["pads"],
+        dilations=attributes["dilations"],
+        groups=int(attributes["groups"]),
+        bias=given(inputs, 2),
+        residual=given(inputs, 3),
+        activation=attributes.get("activation", "none"),
+    )
+    return [y]
 
 
 def run_linear(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     """Linear: x `[..., inputs]`, weight `[outputs, inputs]`, bias `[outputs]`, residual as the output."""
-    y = wide(needed(inputs, 0)) @ wide(needed(inputs, 1)).T
-    return [finished(y, given(inputs, 2), given(inputs, 3), attributes.get("activation", "none"))]
+    x, weight, residual = needed(inputs, 0), needed(inputs, 1), given(inputs, 3)
+    rows = None if residual is None else residual.reshape(-1, weight.shape[0])
+    activation = attributes.get("activation", "none")
+    y = gemm(x.reshape(-1, x.shape[-1]), weight, sparse=False, activation=activation, bias=given(inputs, 2), residual=rows)
+    return [y.reshape(*x.shape[:-1], weight.shape[0])]
 
 
 def run_pointwise(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     """Pointwise: the program, as JSON, on inputs that broadcast."""
-    return [run_program(json.loads(attributes["program"]), [needed(inputs, i) for i in range(len(inputs))])]
+    arrays = [needed(inputs, i) for i in range(len(inputs))]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    return [np.array(np.broadcast_to(pointwise_family.pointwise(arrays, json.loads(attributes["program"])), shape))]
 
 
 def run_pool(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
-    """Pool: x `[N, H, W, C]`; a mean divides by the elements inside the image, or by all with `count_include_pad`."""
-    x = np.moveaxis(needed(inputs, 0), -1, 1)
-    kernel, strides, pads, dilations = (attributes[name] for name in ("kernel", "strides", "pads", "dilations"))
-    counted = bool(attributes["count_include_pad"])
-    y = pool(x, attributes["kind"], kernel, strides, pads, dilations, count_pads=counted, round_up=any(attributes["ceil"]))
-    return [np.moveaxis(y, 1, -1)]
+    """Pool: x `[N, H, W, C]`; `ceil` holds the rows and columns that only round the size up."""
+    windows = [tuple(attributes[name]) for name in ("kernel", "strides", "pads", "dilations")]
+    counted, ceil = bool(attributes["count_include_pad"]), tuple(attributes["ceil"])
+    return [pool_family.pool(needed(inputs, 0), attributes["kind"], *windows, count_include_pad=counted, ceil=ceil)]  # type: ignore[arg-type]
 
 
 def run_reduce(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
-    """Reduce over neighbouring axes, kept with size 1 (mean, sum, max, l2), or along the last axis (softmax, layernorm, rmsnorm)."""
-    x, kind, axes = wide(needed(inputs, 0)), attributes["kind"], tuple(attributes["axes"])
-    if kind in ("layernorm", "rmsnorm"):
-        y, scale, bias = normalized(x, axes, attributes["eps"], centred=kind == "layernorm"), given(inputs, 1), given(inputs, 2)
-        y = y if scale is None else y * wide(scale)
-        return [y if bias is None else y + wide(bias)]
-    if kind == "softmax":
-        return [softmax(x, axes[0])]
-    if kind == "l2":
-        return [np.sqrt((x * x).sum(axis=axes, keepdims=True))]
-    functions = {"mean": np.mean, "sum": np.sum, "max": np.max}
-    if kind not in functions:
-        raise InputError(f"oracle: Reduce has the kind {kind!r}, expected mean, sum, max, l2, softmax, layernorm or rmsnorm")
-    return [np.asarray(functions[kind](x, axis=axes, keepdims=True))]  # type: ignore[operator]
+    """Reduce over axes that lie side by side, kept with size 1 (mean, sum, max, l2), or along them (softmax, layernorm, rmsnorm)."""
+    x, kind, axes = wide(needed(inputs, 0)), attributes["kind"], sorted(int(a) % needed(inputs, 0).ndim for a in attributes["axes"])
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        raise InputError(f"oracle: Reduce over the axes {axes}, expected neighbours")
+    length = int(np.prod([x.shape[a] for a in axes]))
+    lines = x.reshape(int(np.prod(x.shape[: axes[0]])), length, -1)
+    vectors = [None if v is None else v.reshape(-1) for v in (given(inputs, 1), given(inputs, 2))]
+    y = reduce_family.reduce(lines, kind, float(attributes["eps"]), *vectors)
+    return [y.reshape(x.shape if kind in ALONG else [1 if a in axes else n for a, n in enumerate(x.shape)])]
 
 
 def run_attention(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     """Attention: q `[N, tokens, heads, head]`, k and v `[N, keys, heads, head]` -> `[N, tokens, heads, head]`."""
     q, k, v = (np.swapaxes(needed(inputs, i), 1, 2) for i in range(3))
-    return [np.swapaxes(attention(q, k, v, attributes["scale"], causal=bool(attributes.get("causal", 0))), 1, 2)]
+    y = attention_family.attention(q, k, v, float(attributes["scale"]), causal=bool(attributes.get("causal", 0)))
+    return [np.swapaxes(y, 1, 2)]
 
 
 def run_view(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
@@ -84,11 +86,8 @@ def run_view(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]
 
 def run_resize(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     """Resize: x `[N, H, W, C]` to `[N, height, width, C]`, nearest or linear."""
-    x = wide(needed(inputs, 0))
-    for axis, size, scale in zip((1, 2), (attributes["height"], attributes["width"]), attributes["scales"], strict=True):
-        matrix = resize_matrix(x.shape[axis], size, scale, attributes["kind"], attributes["coordinates"], attributes["nearest_mode"])
-        x = np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
-    return [x]
+    height, width, kind, coordinates, rounding = (attributes[n] for n in ("height", "width", "kind", "coordinates", "nearest_mode"))
+    return [pool_family.resize(needed(inputs, 0), height, width, kind, coordinates, rounding, tuple(attributes["scales"]))]
 
 
 def run_pad(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:

@@ -1,0 +1,142 @@
+"""Import: what opset and shapes are taken, what the sentences say, and the fallback for operators the engine lacks."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from graphs import imported, kinds, small, text_model
+from lowered_run import run_lowered
+
+from twofour.builder import passes
+from twofour.builder.evaluate import evaluate, largest_difference, random_inputs
+from twofour.builder.lower import Front, lower
+from twofour.builder.passes.fallback import Fallbacks
+from twofour.errors import InputError, UnsupportedError, VerificationError
+from twofour.exchange.importer import import_graph
+
+
+@pytest.mark.parametrize("opset", [13, 18, 24])
+def test_opsets_13_to_24_are_taken(opset: int) -> None:
+    body = "y = ReduceMean <axes=[1]> (x)" if opset < 18 else "y = ReduceMean(x, a)"
+    arrays = {} if opset < 18 else {"a": np.array([1], np.int64)}
+    model = small("float[N,3] x", body, opset=opset, **arrays)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(evaluate(model, {"x": x})["y"], [[1], [4]])
+
+
+@pytest.mark.parametrize("opset", [12, 25])
+def test_another_opset_is_one_sentence(opset: int) -> None:
+    with pytest.raises(UnsupportedError, match=f"'test' uses ONNX opset {opset}, expected 13 to 24; export it with one of these"):
+        small("float[2,3] x", "y = Relu(x)", opset=opset)
+
+
+def test_every_shape_is_static_for_the_batch() -> None:
+    body = "s = Shape <end=1> (x) b = Concat <axis=0> (s, m) a = Reshape(x, b) y = Softmax(a)"
+    model = imported(text_model("float[N,2,3] x", body, m=np.array([6], np.int64)), batch=5)
+    assert kinds(model) == ["Reshape", "Softmax"]
+    assert [list(value.shape) for node in model.graph for value in node.outputs] == [[5, 6], [5, 6]]
+
+
+def test_every_floating_type_becomes_fp32() -> None:
+    text = "z = Cast <to=10> (w) a = Cast <to=1> (x) b = Cast <to=1> (z) y = Add(a, b)"
+    model = small("float16[2,3] x", text, w=np.ones(3, np.float64))
+    passes.DeadCode()(model)
+    assert kinds(model) == ["Add"]
+    assert {str(value.dtype) for value in (*model.graph.inputs, *model.graph.initializers.values())} == {"FLOAT"}
+
+
+def test_a_fixed_batch_and_dynamic_axes_are_refused() -> None:
+    with pytest.raises(InputError, match="was exported for batches of 4, batch 3 was asked for; export it with a dynamic batch"):
+        imported(text_model("float[4,3] x", "y = Relu(x)"), batch=3)
+    with pytest.raises(
+        UnsupportedError, match=r"input 'x' of 'test' has the dynamic axis 1 \(M\); only the batch \(axis 0\) may be dynamic"
+    ):
+        imported(text_model("float[N,M] x", "y = Relu(x)"))
+    with pytest.raises(InputError, match="batch is 0, expected at least 1"):
+        imported(text_model("float[N,3] x", "y = Relu(x)"), batch=0)
+
+
+def test_all_operators_we_lack_are_listed_with_their_nodes() -> None:
+    body = "a = Softsign(x) k, z = TopK(a, n) d = MaxPool <kernel_shape=[1], storage_order=1> (x3) c = Softsign(k) y = Add(c, s)"
+    body = body.replace("d = MaxPool <kernel_shape=[1], storage_order=1> (x3) ", "")
+    with pytest.raises(UnsupportedError) as caught:
+        small("float[2,3] x", body, n=np.array([3], np.int64), s=np.float32(1))
+    message = (
+        "'test' has 3 nodes with operators that the engine lacks: Softsign (Softsign_0, Softsign_2); TopK (TopK_1); build with fallback"
+    )
+    assert message in str(caught.value)
+
+
+def test_a_form_we_lack_says_which() -> None:
+    with pytest.raises(UnsupportedError, match=r"Resize with mode cubic \(Resize_0\)"):
+        small("float[1,2,4,4] x", 'y = Resize <mode="cubic"> (x, , , s)', s=np.array([1, 2, 8, 8], np.int64))
+    with pytest.raises(UnsupportedError, match=r"Conv with its weight is computed at run time \(Conv_0\)"):
+        small("float[1,2,4,4] x, float[2,2,1,1] w", "y = Conv(x, w)")
+    with pytest.raises(UnsupportedError, match=r"Gather with indices that are not evenly spaced \(Gather_0\)"):
+        small("float[5,2] x", "y = Gather(x, k)", k=np.array([0, 1, 3], np.int64))
+
+
+def test_fallback_keeps_what_we_lack_as_its_own_model(tmp_path: Path) -> None:
+    body = "a = Softsign(x) b = MatMul(a, w) k, z = TopK(b, n) y = Relu(k)"
+    rng = np.random.default_rng(0)
+    proto = text_model("float[N,8] x", body, w=rng.standard_normal((8, 8)).astype(np.float32), n=np.array([3], np.int64))
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    front = Front(path, fallback=True)
+    model = front.graph(2)
+    assert kinds(model) == ["Fallback", "MatMul", "Fallback", "Relu"]
+    feeds = random_inputs(model)
+    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feeds)[0]
+    np.testing.assert_allclose(evaluate(model, feeds)["y"], wanted, rtol=1e-5, atol=1e-6)
+    passes.prepare(model, "fp16")
+    np.testing.assert_allclose(evaluate(model, feeds)["y"], wanted, rtol=1e-5, atol=1e-6)
+    lowered = lower(model, 2, "fp16")
+    assert [call.family for call in lowered.calls].count("fallback") == 2
+    assert lowered.calls[0].problem.inputs == ("x",)
+    assert not Fallbacks()(model).modified
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="is not a readable ONNX file"):
+        import_graph(tmp_path / "x.onnx", 1)
+
+
+def test_evaluation_refuses_what_does_not_fit() -> None:
+    model = small("float[2,3] x", "y = Relu(x)")
+    with pytest.raises(InputError, match=r"input 'x' is missing, got \[\]"):
+        evaluate(model, {})
+    with pytest.raises(VerificationError, match=r"Relu 'Relu_0' gives \[2, 4\], the graph records \[2, 3\] for 'y'"):
+        evaluate(model, {"x": np.zeros((2, 4), np.float32)})
+    with pytest.raises(VerificationError, match="the outputs are"):
+        largest_difference({"a": np.zeros(1)}, {"b": np.zeros(1)})
+    with pytest.raises(VerificationError, match=r"output 'a' is \[2\], expected \[1\]"):
+        largest_difference({"a": np.zeros(1)}, {"a": np.zeros(2)})
+
+
+def test_what_torch_exports_runs_from_file_to_lowered_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu", norm_first=True)
+    stem = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 4, 4), torch.nn.BatchNorm2d(16), torch.nn.SiLU(), torch.nn.Flatten(2))
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = stem, block, torch.nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.block(self.stem(x).transpose(1, 2)).mean(1))
+
+    net, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    path = tmp_path / "net.onnx"
+    # The layer's fused inference path has no export; with gradients the exporter takes the plain one.
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False).save(path, external_data=False)
+    lowered = Front(path).lower(2, "fp16")
+    got = run_lowered(lowered, {lowered.inputs[0]: x.numpy()})
+    wanted = net.double()(x.double()).detach().numpy()
+    assert largest_difference({"y": wanted}, {"y": next(iter(got.values()))}) <= 4 * float(np.finfo(np.float16).eps)
+    assert "attention" in {call.family for call in lowered.calls}

@@ -1,0 +1,421 @@
+"""Every pass: the smallest graph that fires, the smallest that must not, the same outputs before and after, by the oracle."""
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphs import kinds, small
+
+from twofour.builder import passes
+from twofour.builder.evaluate import evaluate, largest_difference, random_inputs
+from twofour.builder.graph import attribute, constant_of
+from twofour.builder.passes.infra import Rewrite
+from twofour.builder.passes.programs import program_of
+from twofour.errors import InputError, UnsupportedError, VerificationError
+from twofour.pattern import count_groups, select
+
+EXACT = 1e-12  # float64 arithmetic in another order
+FOLDED = 16 * float(np.finfo(np.float32).eps)  # constants that were rounded to fp32 once more, sums of up to 16 terms
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> Any:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+V4 = RNG.uniform(0.5, 1.5, 4).astype(np.float32)
+W33, W11, M48 = normal(4, 4, 3, 3), normal(4, 4, 1, 1), normal(4, 8)
+IMAGE, ROWS, TOKENS = "float[2,4,5,6] x", "float[3,4] x", "float[2,3,4] x"
+
+
+def i(*values: int) -> Any:
+    return np.array(values, np.int64)
+
+
+def f(value: float) -> Any:
+    return np.array(value, np.float32)
+
+
+def before(step: type[Rewrite], model: ir.Model) -> ir.Model:
+    """The model after every pass that runs in front of `step`."""
+    for earlier in passes.pipeline("fp16"):
+        if type(earlier) is step:
+            break
+        earlier(model)
+    return model
+
+
+def applied(step: Rewrite, model: ir.Model, tolerance: float = FOLDED) -> bool:
+    """Run a pass; its outputs are those before it. Return whether it says it changed something."""
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    modified = bool(step(model).modified)
+    difference = largest_difference(wanted, evaluate(model, feeds))
+    assert difference <= tolerance, f"{step.name} changed the outputs by {difference}"
+    return modified
+
+
+Case = tuple[str, str, dict[str, Any]]
+# pass: (graph that fires, the operators it then has), (graph that must not)
+CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
+    "constant folding": (
+        passes.FoldConstants,
+        ("float[2,3] x", "y = Add(x, y0)", {"y0": f(1)}),
+        ["Add"],
+        ("float[2,3] x", "y = Add(x, x)", {}),
+    ),
+    "dead code: identity": (passes.DeadCode, (ROWS, "a = Identity(x) y = Relu(a)", {}), ["Relu"], (ROWS, "y = Relu(x)", {})),
+    "dead code: a view of the same shape": (
+        passes.DeadCode,
+        (ROWS, "a = Reshape(x, s) b = Transpose <perm=[0,1]> (a) y = Relu(b)", {"s": i(3, 4)}),
+        ["Relu"],
+        (ROWS, "a = Reshape(x, s) y = Relu(a)", {"s": i(4, 3)}),
+    ),
+    "dead code: a slice backwards moves values": (
+        passes.DeadCode,
+        (ROWS, "a = Slice(x, s, e) y = Relu(a)", {"s": i(0), "e": i(9)}),
+        ["Relu"],
+        (ROWS, "y = Transpose(x)", {}),
+    ),
+    "gelu": (
+        passes.Activations,
+        (ROWS, "a = Div(x, r) b = Erf(a) c = Add(b, o) d = Mul(x, c) y = Mul(d, h)", {"r": f(sqrt(2)), "o": f(1), "h": f(0.5)}),
+        ["Pointwise"],
+        (ROWS, "a = Div(x, r) b = Erf(a) c = Add(b, o) d = Mul(x, c) y = Mul(d, h)", {"r": f(sqrt(2)), "o": f(1), "h": f(0.6)}),
+    ),
+    "gelu, tanh form": (
+        passes.Activations,
+        (
+            ROWS,
+            "a = Pow(x, p) b = Mul(a, k) c = Add(x, b) d = Mul(c, r) e = Tanh(d) g = Add(e, o) m = Mul(h, x) y = Mul(m, g)",
+            {"p": f(3), "k": f(0.044715), "r": f(sqrt(2 / np.pi)), "o": f(1), "h": f(0.5)},
+        ),
+        ["Pointwise"],
+        (
+            ROWS,
+            "a = Pow(x, p) b = Mul(a, k) c = Add(x, b) d = Mul(c, r) e = Tanh(d) g = Add(e, o) m = Mul(h, x) y = Mul(m, g)",
+            {"p": f(2), "k": f(0.044715), "r": f(sqrt(2 / np.pi)), "o": f(1), "h": f(0.5)},
+        ),
+    ),
+    "silu": (passes.Activations, (ROWS, "a = Sigmoid(x) y = Mul(x, a)", {}), ["Pointwise"], (ROWS, "a = Sigmoid(x) y = Mul(a, a)", {})),
+    "hardswish": (
+        passes.Activations,
+        (ROWS, "a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s)", {"t": f(3), "z": f(0), "s": f(6)}),
+        ["Pointwise"],
+        (ROWS, "a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s)", {"t": f(2), "z": f(0), "s": f(6)}),
+    ),
+    "layer norm, spelled out": (
+        passes.Norms,
+        (
+            TOKENS,
+            "m = ReduceMean(x, a) c = Sub(x, m) q = Mul(c, c) v = ReduceMean(q, a) e = Add(v, k) r = Sqrt(e) n = Div(c, r) "
+            "p = Mul(n, s) y = Add(p, s)",
+            {"a": i(-1), "k": f(1e-5), "s": V4},
+        ),
+        ["Reduce"],
+        (
+            TOKENS,
+            "m = ReduceMean(x, a) c = Sub(x, m) q = Mul(c, c) v = ReduceMean(q, a) e = Add(v, k) r = Sqrt(e) y = Div(c, r)",
+            {"a": i(1), "k": f(1e-5)},
+        ),
+    ),
+    "rms norm, spelled out": (
+        passes.Norms,
+        (
+            TOKENS,
+            "q = Pow(x, t) v = ReduceMean(q, a) e = Add(v, k) r = Sqrt(e) n = Div(x, r) y = Mul(n, s)",
+            {"t": f(2), "a": i(2), "k": f(1e-6), "s": V4},
+        ),
+        ["Reduce"],
+        (
+            TOKENS,
+            "q = Pow(x, t) v = ReduceMean(q, a) e = Add(v, k) r = Sqrt(e) n = Div(s, r) y = Mul(n, x)",
+            {"t": f(2), "a": i(2), "k": f(1e-6), "s": V4},
+        ),
+    ),
+    "group norm": (
+        passes.Norms,
+        (IMAGE, "y = GroupNormalization <num_groups=2> (x, s, s)", {"s": V4[:2]}),
+        ["Reshape", "Reduce", "Reshape", "Mul", "Add"],
+        (IMAGE, "y = Relu(x)", {}),
+    ),
+    "batch norm behind a convolution": (
+        passes.BatchNorms,
+        (IMAGE, "a = Conv(x, w) y = BatchNormalization(a, s, s, s, s)", {"w": W33, "s": V4}),
+        ["Conv"],
+        (IMAGE, "y = Conv(x, w)", {"w": W33}),
+    ),
+    "scales behind a layer": (
+        passes.FoldScales,
+        (IMAGE, "a = Conv(x, w) b = Mul(a, s) y = Add(b, s)", {"w": W33, "s": V4.reshape(4, 1, 1)}),
+        ["Conv"],
+        (IMAGE, "a = Conv(x, w) y = Mul(a, s)", {"w": W33, "s": normal(3, 4)}),
+    ),
+    "pads in front of a convolution": (
+        passes.FoldPads,
+        (IMAGE, "a = Pad(x, p) y = Conv(a, w)", {"p": i(0, 0, 1, 0, 0, 0, 2, 1), "w": W33}),
+        ["Conv"],
+        (IMAGE, "a = Pad(x, p, v) y = Conv(a, w)", {"p": i(0, 0, 1, 0, 0, 0, 2, 1), "v": f(1), "w": W33}),
+    ),
+    "pads in front of a pool": (
+        passes.FoldPads,
+        (IMAGE, "a = Pad(x, p) y = AveragePool <kernel_shape=[3,3]> (a)", {"p": i(0, 0, 1, 1, 0, 0, 1, 1)}),
+        ["AveragePool"],
+        (IMAGE, "a = Pad(x, p) y = MaxPool <kernel_shape=[3,3]> (a)", {"p": i(0, 0, 1, 1, 0, 0, 1, 1)}),
+    ),
+    "attention": (
+        passes.Attentions,
+        (
+            "float[2,3,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v",
+            "t = Transpose <perm=[0,1,3,2]> (k) a = Mul(q, s) b = Mul(t, s) c = MatMul(a, b) d = Softmax(c) y = MatMul(d, v)",
+            {"s": f(0.6)},
+        ),
+        ["Transpose", "Transpose", "Transpose", "Transpose", "Transpose", "Attention", "Transpose"],
+        (
+            "float[2,3,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v",
+            "t = Transpose <perm=[0,1,3,2]> (k) c = MatMul(q, t) m = Add(c, u) d = Softmax(m) y = MatMul(d, v)",
+            {"u": normal(4, 5)},
+        ),
+    ),
+    "linear from MatMul": (
+        passes.Linears,
+        (TOKENS, "y = MatMul(x, w)", {"w": M48}),
+        ["Linear"],
+        ("float[2,3,4] x, float[4,8] w", "y = MatMul(x, w)", {}),
+    ),
+    "linear from Gemm": (
+        passes.Linears,
+        (ROWS, "y = Gemm <alpha=0.5, beta=2.0, transB=1> (x, w, c)", {"w": W33[:, :, 0, 0], "c": V4}),
+        ["Linear"],
+        (ROWS, "y = MatMul(x, x2)", {"x2": normal(2, 4, 3)}),
+    ),
+    "linear from the left": (
+        passes.Linears,
+        (TOKENS, "y = MatMul(w, x)", {"w": normal(5, 3)}),
+        ["Transpose", "Linear", "Transpose"],
+        (TOKENS, "t = Transpose <perm=[0,2,1]> (x) y = MatMul(x, t)", {}),
+    ),
+    "linear from Einsum": (
+        passes.Linears,
+        ("float[2,3,4] x, float[2,5,4] z", 'y = Einsum <equation="bij,bkj->bik"> (x, z)', {}),
+        ["Transpose", "MatMul"],
+        (TOKENS, "y = Relu(x)", {}),
+    ),
+    "linear between reshapes": (
+        passes.Linears,
+        (TOKENS, "a = Reshape(x, s) y = Gemm(a, w)", {"s": i(6, 4), "w": M48}),
+        ["Linear", "Reshape"],
+        (TOKENS, "a = Reshape(x, s) t = Transpose(a) y = Relu(t)", {"s": i(6, 4)}),
+    ),
+    "squeeze-excite": (
+        passes.SqueezeExcite,
+        (IMAGE, "a = GlobalAveragePool(x) b = Conv(a, w) c = Sigmoid(b) y = Mul(x, c)", {"w": W11}),
+        ["GlobalAveragePool", "Reshape", "Linear", "Reshape", "Sigmoid", "Mul"],
+        (IMAGE, "y = Conv(x, w)", {"w": W11}),
+    ),
+    "layout": (
+        passes.Layout,
+        (IMAGE, "y = Conv <pads=[1,1,1,1]> (x, w)", {"w": W33}),
+        ["Transpose", "Conv", "Transpose"],
+        (IMAGE, "y = Relu(x)", {}),
+    ),
+    "layout of a line": (
+        passes.Layout,
+        ("float[2,4,9] x", "y = Conv <strides=[2], pads=[1,1]> (x, w)", {"w": W33[..., 0]}),
+        ["Reshape", "Transpose", "Conv", "Transpose", "Reshape"],
+        (IMAGE, "y = Relu(x)", {}),
+    ),
+    "softmax along another axis": (
+        passes.Layout,
+        (TOKENS, "y = Softmax <axis=1> (x)", {}),
+        ["Transpose", "Reduce", "Transpose"],
+        (TOKENS, "y = Relu(x)", {}),
+    ),
+    "element-wise": (passes.Elementwise, (ROWS, "y = Mul(x, c)", {"c": f(3)}), ["Pointwise"], (ROWS, "y = Transpose(x)", {})),
+    "transposes that meet": (
+        passes.SinkTransposes,
+        (TOKENS, "a = Transpose <perm=[0,2,1]> (x) b = Relu(a) y = Transpose <perm=[0,2,1]> (b)", {}),
+        ["Pointwise"],
+        (TOKENS, "y = Relu(x)", {}),
+    ),
+    "a transpose that stays": (
+        passes.SinkTransposes,
+        (TOKENS, "a = Transpose <perm=[0,2,1]> (x) b = Relu(a) y = Softmax(b)", {}),
+        ["Pointwise", "View", "Copy", "Reduce"],
+        (TOKENS, "y = Softmax(x)", {}),
+    ),
+    "epilogue: activation": (
+        passes.Epilogues,
+        (ROWS, "a = MatMul(x, w) y = Relu(a)", {"w": M48}),
+        ["Linear"],
+        (ROWS, "a = MatMul(x, w) y = Erf(a)", {"w": M48}),
+    ),
+    "epilogue: residual": (
+        passes.Epilogues,
+        ("float[3,4] x, float[3,8] r", "a = MatMul(x, w) b = Add(a, r) y = Relu(b)", {"w": M48}),
+        ["Linear"],
+        ("float[3,4] x, float[1,8] r", "a = MatMul(x, w) y = Add(a, r)", {"w": M48}),
+    ),
+    "epilogue: a scale behind a transpose": (
+        passes.Epilogues,
+        (TOKENS, "a = MatMul(x, w) t = Transpose <perm=[0,2,1]> (a) y = Mul(t, s)", {"w": M48, "s": normal(8, 1)}),
+        ["Linear", "View", "Copy"],
+        (TOKENS, "a = MatMul(x, w) t = Transpose <perm=[0,2,1]> (a) y = Mul(t, s)", {"w": M48, "s": normal(1, 3)}),
+    ),
+    "pointwise chains": (
+        passes.FusePointwise,
+        (ROWS, "a = Exp(x) b = Add(a, x) y = Tanh(b)", {}),
+        ["Pointwise"],
+        (ROWS, "a = Exp(x) y = Softmax(a)", {}),
+    ),
+    "pointwise over a gate": (
+        passes.FusePointwise,
+        ("float[2,4,5,6] x, float[2,4] g", "a = Sigmoid(g) b = Reshape(a, s) y = Mul(x, b)", {"s": i(2, 4, 1, 1)}),
+        ["View", "Pointwise"],
+        ("float[2,4,5,6] x, float[2,4] g", "b = Reshape(g, s) y = Mul(x, b)", {"s": i(2, 4, 1, 1)}),
+    ),
+    "channels to multiples of 8": (
+        passes.WidenChannels,
+        (ROWS, "y = MatMul(x, w)", {"w": M48}),
+        ["Pad", "Linear"],
+        ("float[3,8] x", "y = MatMul(x, w)", {"w": normal(8, 16)}),
+    ),
+    "concat in place": (
+        passes.ConcatInPlace,
+        (
+            IMAGE,
+            "a = Conv(x, w) b = Conv(x, w) y0 = Concat <axis=1> (a, b) y = MaxPool <kernel_shape=[2,2]> (y0)",
+            {"w": normal(8, 4, 1, 1)},
+        ),
+        ["View", "Copy", "Pad", "Conv", "Conv", "Concat", "Pool", "View", "Copy"],
+        (IMAGE, "y = Conv(x, w)", {"w": normal(8, 4, 1, 1)}),
+    ),
+    "precision": (
+        passes.Precision,
+        ("float[3,8] x", "y = MatMul(x, w)", {"w": normal(8, 16)}),
+        ["Copy", "Linear"],
+        ("int64[3,8] x", "y = Transpose(x)", {}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_fires_on_its_smallest_graph(name: str) -> None:
+    step, (inputs, body, constants), wanted, _ = CASES[name]
+    model = before(step, small(inputs, body, **constants))
+    made = passes.Precision("fp16") if step is passes.Precision else step()
+    if name != "constant folding":
+        assert applied(made, model)
+    assert kinds(model) == wanted
+    assert not applied(made, model), "a second run finds nothing left to do"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_leaves_alone_what_is_not_its_own(name: str) -> None:
+    step, _, _, (inputs, body, constants) = CASES[name]
+    outputs = "int64[] y" if inputs.startswith("int64") else "float[] y"
+    model = before(step, small(inputs, body, outputs, **constants))
+    was = kinds(model)
+    assert not applied(passes.Precision("fp16") if step is passes.Precision else step(), model, EXACT)
+    assert kinds(model) == was
+
+
+def test_constants_fold_through_shapes() -> None:
+    model = small("float[N,4] x", "s = Shape(x) a = Slice(s, z, o) b = Concat <axis=0> (a, m) y = Reshape(x, b)", z=i(0), o=i(1), m=i(2, 2))
+    assert kinds(model) == ["Reshape"]
+    assert list(model.graph.outputs[0].shape) == [2, 2, 2]
+
+
+def test_a_repeat_over_the_batch_is_not_folded_where_reading_it_costs_nothing() -> None:
+    body = "s = Shape <end=1> (x) b = Concat <axis=0> (s, o, o) c = Expand(t, b) {}"
+    model = small("float[N,2,4] x", body.format("y = Concat <axis=1> (c, x)"), o=i(1), t=normal(1, 1, 4))
+    assert kinds(model) == ["Expand", "Concat"]
+    assert kinds(small("float[N,2,4] x", body.format("d = Exp(c) y = Concat <axis=1> (d, x)"), o=i(1), t=normal(1, 1, 4))) == ["Concat"]
+
+
+def test_folding_keeps_the_zeros_of_a_pruned_weight() -> None:
+    weight = normal(4, 4, 3, 3)
+    weight *= select(weight, 1)
+    model = small(IMAGE, "a = Conv(x, w) y = BatchNormalization(a, s, s, s, s)", w=weight, s=V4)
+    passes.prepare(model, "fp16")
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    found = constant_of(conv.inputs[1])
+    assert found is not None
+    assert count_groups(found, 3).is_24
+    assert np.count_nonzero(found) == np.count_nonzero(weight)
+
+
+def test_a_batch_norm_with_another_reader_between_is_spelled_out() -> None:
+    model = small(IMAGE, "a = Conv <pads=[1,1,1,1]> (x, w) b = BatchNormalization(a, s, s, s, s) y = Add(a, b)", w=W33, s=V4)
+    assert applied(passes.BatchNorms(), model)
+    assert kinds(model) == ["Conv", "Mul", "Add", "Add"]
+
+
+def test_of_two_layers_the_later_takes_the_sum() -> None:
+    model = before(passes.Epilogues, small(ROWS, "a = MatMul(x, w) b = MatMul(x, u) c = Add(a, b) y = Relu(c)", w=M48, u=normal(4, 8)))
+    assert applied(passes.Epilogues(), model)
+    last = list(model.graph)[-1]
+    assert attribute(last, "activation") == "relu"
+    assert last.inputs[3] is next(iter(model.graph)).outputs[0]
+
+
+def test_a_dense_block_lies_in_one_value() -> None:
+    body = "a = Relu(x) b = Exp(x) c = Concat <axis=2> (a, b) d = Neg(c) e = Concat <axis=2> (a, b, d) y = ReduceMax(e, k)"
+    model = before(passes.ConcatInPlace, small("float[2,4,8] x", body, k=i(1)))
+    assert applied(passes.ConcatInPlace(), model)
+    short, long = [node for node in model.graph if node.op_type == "Concat"]
+    assert attribute(short, "within") == long.outputs[0].name
+    assert list(attribute(short, "in_place")) == [1, 1]
+    assert list(attribute(long, "in_place")) == [1, 1, 1]
+
+
+def test_a_part_that_a_matrix_product_reads_is_copied_into_the_concat() -> None:
+    body = "a = Relu(x) b = MatMul(a, w) c = Concat <axis=1> (a, b) y = Relu(c)"
+    model = before(passes.ConcatInPlace, small("float[3,8] x", body, w=normal(8, 8)))
+    passes.ConcatInPlace()(model)
+    concat = next(node for node in model.graph if node.op_type == "Concat")
+    assert list(attribute(concat, "in_place")) == [0, 0]
+
+
+def test_widened_outputs_reach_the_next_layer_without_a_copy() -> None:
+    model = before(
+        passes.WidenChannels, small("float[3,8] x", "a = MatMul(x, w) b = Relu(a) y = MatMul(b, u)", w=normal(8, 5), u=normal(5, 8))
+    )
+    assert applied(passes.WidenChannels(), model)
+    assert kinds(model) == ["Linear", "Linear"]
+
+
+def test_a_program_has_numbers_in_place_of_scalars() -> None:
+    model = before(passes.SinkTransposes, small(ROWS, "y = Clip(x, lo, hi)", lo=f(0), hi=f(6)))
+    assert program_of(next(iter(model.graph))) == [["clip", ["in", 0], ["c", 0.0], ["c", 6.0]]]
+
+
+def test_long_sums_become_a_chain() -> None:
+    model = before(
+        passes.Elementwise, small(ROWS, "a = Neg(x) b = Abs(x) c = Exp(x) d = Tanh(x) e = Erf(x) g = Relu(x) y = Sum(x, a, b, c, d, e, g)")
+    )
+    assert applied(passes.Elementwise(), model)
+    assert kinds(model).count("Pointwise") == 8
+
+
+def test_leftovers_are_all_named() -> None:
+    model = small(TOKENS, "a = Transpose <perm=[0,2,1]> (x) y = Relu(a)")
+    next(node for node in model.graph if node.op_type == "Relu").op_type = "Softsign"
+    with pytest.raises(
+        UnsupportedError, match=r"the engine has no step for Softsign \(Relu_1\); build with fallback to run them on the CPU"
+    ):
+        passes.SinkTransposes()(model)
+
+
+def test_a_pass_left_out_is_noticed() -> None:
+    with pytest.raises(
+        VerificationError, match="node 'BatchNormalization_0' is still BatchNormalization, expected it to be rewritten before"
+    ):
+        passes.BatchNorms()(small("float[2,4,3,3] x, float[4] s", "y = BatchNormalization(x, s, s, s, s)"))
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InputError, match=r"precision 'fp8' is unknown here, expected one of \['fp16', 'bf16'\]"):
+        passes.Precision("fp8")
