@@ -18,7 +18,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -156,19 +156,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--nets", default=",".join(NETWORKS))
+    parser.add_argument("--jobs", type=int, default=1, help="rows measured at once, one thread each")
     parser.add_argument("--no-permuted", action="store_true", help="leave the rows with reordered channels out")
     arguments = parser.parse_args()
     result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"rows": []}
     digest = sources_digest()
     done = [row for row in result["rows"] if row.get("sources_digest") == digest]
     wanted = [("dense", False), *((m, False) for m in METHODS), *(() if arguments.no_permuted else ((m, True) for m in METHODS))]
-    for net in arguments.nets.split(","):
-        for method, permuted in wanted:
-            key = ("" if method == "dense" else method, permuted)
-            if any((row["net"], row["method"], row["permuted"]) == (net, *key) for row in done):
-                continue
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                done += [row | {"sources_digest": digest} for row in pool.submit(measure, arguments.folder, net, method, permuted).result()]
+    nets = arguments.nets.split(",")
+    keys = {(row["net"], row["method"] or "dense", row["permuted"]) for row in done}
+    left = [(net, method, permuted) for net in nets for method, permuted in wanted if (net, method, permuted) not in keys]
+    place = {key: k for k, key in enumerate((net, method, permuted) for net in NETWORKS for method, permuted in wanted)}
+    # A process for each row, so that the memory of one is not another's.
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(measure, arguments.folder, *key) for key in left]):
+            done += [row | {"sources_digest": digest} for row in future.result()]
+            done.sort(key=lambda row: place.get((row["net"], row["method"] or "dense", row["permuted"]), len(place)))
             write(arguments.out, done)
 
 
