@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import datetime
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ from twofour.pruning.permutation.search import efficacy_percent, search
 from twofour.pruning.permutation.trial import trial
 
 CHUNK = 100  # random networks of one seed
+CALIBRATION_ITEMS = 250
 
 
 def heading(kind: str) -> dict[str, Any]:
@@ -131,30 +131,38 @@ def measure_architectures(path: Path, table: Path | None, names: list[str], jobs
         keep(coverage.cover_all(names, known, jobs=jobs, progress=keep))
 
 
-def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds: float) -> None:
-    from accuracy_oneshot import CALIBRATION_BATCHES, CALIBRATION_ITEMS, CifarResNet, accuracy_percent, load, read
+def gains_of(data: Path, depth: int, seed: int, seconds: float) -> list[dict[str, Any]]:
+    """Return the rows of one network: in its own order for seed -1, else permuted; as trained, and with batch-norm re-estimated."""
+    from accuracy_oneshot import CifarResNet, accuracy_percent, load, read
 
-    test, train = read(data / "cifar10", "te"), read(data / "cifar10", "tr")[0]
-    calibration = list(train[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].split(CALIBRATION_ITEMS))
-    # The order is set here, so `prune` must not look for one.
-    plain: dict[str, Any] = {"permute": False} if "permute" in inspect.signature(twofour.prune).parameters else {}
+    torch.set_num_threads(1)
+    test, train = read(data / "cifar10", "te"), read(data / "cifar10", "tr", 1)[0]
+    calibration = list(train.split(CALIBRATION_ITEMS))
+    model = CifarResNet(depth).eval()
+    load(model, next((data / "resnet-cifar10").glob(f"resnet{depth}-*.th")))
+    if seed >= 0:
+        permute(model, (test[0][:2],), seed=seed, seconds=seconds)
     rows = []
-    for depth in depths:
-        dense = CifarResNet(depth)
-        load(dense, next((data / "resnet-cifar10").glob(f"resnet{depth}-*.th")))
-        for seed in range(-1, seeds):
-            model = copy.deepcopy(dense)
-            if seed >= 0:
-                permute(model, (test[0][:2],), seed=seed, seconds=seconds)
-            for again in (False, True):
-                pruned = copy.deepcopy(model)
-                record = twofour.prune(pruned, (test[0][:2],), calibration=calibration if again else None, **plain)
-                rows.append(
-                    {"net": f"ResNet-{depth}", "data": "CIFAR-10 test", "seed": max(seed, 0), "metric": "accuracy"}
-                    | {"variant": "2:4 one-shot" + (", permuted" if seed >= 0 else "") + (", batch-norm re-estimated" if again else "")}
-                    | {"value": accuracy_percent(pruned, *test), "kept_magnitude": record.kept_magnitude}
-                )
-                write(path, heading("accuracy") | {"search_seconds": seconds, "rows": rows})
+    for again in (False, True):
+        pruned = copy.deepcopy(model)
+        record = twofour.prune(pruned, (test[0][:2],), calibration=calibration if again else None, permute=False)
+        variant = "2:4 one-shot" + (", permuted" if seed >= 0 else "") + (", batch-norm re-estimated" if again else "")
+        rows.append(
+            {"net": f"ResNet-{depth}", "data": "CIFAR-10 test", "seed": max(seed, 0), "metric": "accuracy", "variant": variant}
+            | {"value": accuracy_percent(pruned, *test), "kept_magnitude": record.kept_magnitude}
+        )
+    return rows
+
+
+def measure_gains(path: Path, data: Path, depths: list[int], seeds: int, seconds: float, jobs: int) -> None:
+    about = {"calibration": f"the first training images in batches of {CALIBRATION_ITEMS}", "search_seconds": seconds}
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        tasks = [pool.submit(gains_of, data, depth, seed, seconds) for depth in reversed(depths) for seed in range(-1, seeds)]
+        for future in as_completed(tasks):
+            rows += future.result()
+            rows.sort(key=lambda r: (r["net"], r["variant"], r["seed"]))
+            write(path, heading("accuracy") | about | {"rows": rows})
 
 
 def main() -> None:
@@ -165,10 +173,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=20000, help="random networks")
     parser.add_argument("--seed", type=int, default=0, help="of the random networks")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of `networks` and `architectures`")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, except of `search`")
     parser.add_argument("--seeds", type=int, default=10, help="search seeds")
     parser.add_argument("--seconds", type=float, default=20.0, help="search budget of `gains`, a network")
-    parser.add_argument("--depths", type=int, nargs="*", default=[20, 56])
+    parser.add_argument("--depths", type=int, nargs="*", default=[20, 32, 44, 56])
     parser.add_argument("--table", type=Path, help="Markdown file for `architectures`")
     parser.add_argument("--names", nargs="*", default=[], help="architectures, library:model; all by default")
     parser.add_argument("--data", type=Path, help="folder of `gains`")
@@ -180,7 +188,7 @@ def main() -> None:
     elif a.part == "architectures":
         measure_architectures(a.out, a.table, a.names, a.jobs)
     else:
-        measure_gains(a.out, a.data, a.depths, a.seeds, a.seconds)
+        measure_gains(a.out, a.data, a.depths, a.seeds, a.seconds, a.jobs)
 
 
 if __name__ == "__main__":
