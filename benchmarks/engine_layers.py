@@ -282,7 +282,7 @@ def ways(layer: Layer, options: argparse.Namespace, handle: Handle | None) -> tu
                 for sparse in (True, False):
                     q = dataclasses.replace(p, sparse=sparse)
                     for c in candidates(q, limit=2):
-                        name = f"ours:{'2:4' if sparse else 'dense'}:{c.tile_rows}x{c.tile_tokens}"
+                        name = f"ours:{'2:4' if sparse else 'dense'}:{c.tile_rows}x{c.tile_tokens}x{c.stages}{':split' if c.split else ''}"
                         found.append(Way(name, OURS, q, lambda q=q, c=c: launchable("gemm", OURS, q, c)))
                 continue
             module = {"pointwise": pointwise, "pool": pool, "resize": pool, "reduce": reduce}[layer.family]
