@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.gpu import TACTICS, build_gpu
 from twofour.errors import InputError, UnsupportedError, nearest
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan, ValueSpec
@@ -69,6 +70,9 @@ def build(
     precision: str = "fp32",
     sparsity: str = "auto",
     device: str = "cpu",
+    tactics: str = "all",
+    timing_cache: str | Path | None = None,
+    fallback: bool = False,
 ) -> Plan:
     """Return the plan that runs the ONNX file at `path` on `device`.
 
@@ -76,7 +80,9 @@ def build(
 
     Args:
         batch: batch sizes to tune for; empty means any.
-        sparsity: `auto` uses sparse kernels where they are faster, `off` never.
+        sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes a copy by magnitude (accuracy is gone).
+        tactics: on a GPU, `all` times the libraries too, `ours` only our kernels, so that the plan needs nothing but the driver.
+        timing_cache: on a GPU, the folder in which timings are kept. fallback: on a GPU, run operators that the engine lacks on the CPU.
 
     Raises:
         InputError: no such file, no ONNX model, an unknown value. UnsupportedError: valid, but not on this device.
@@ -85,10 +91,14 @@ def build(
     checked_choice("precision", precision, PRECISIONS)
     checked_choice("sparsity", sparsity, SPARSITY)
     checked_choice("device", device, DEVICES)
-    if device != "cpu":
-        raise UnsupportedError(f"build: device {device!r} is not available in this build; use cpu")
+    checked_choice("tactics", tactics, TACTICS)
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
+    if device == "cuda":
+        return build_gpu(path, batch or (1,), precision, sparsity, tactics, None if timing_cache is None else Path(timing_cache), fallback)
+    for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
+        if given:
+            raise InputError(f"build: {name} is for device 'cuda', the device is {device!r}; leave it out")
     if precision != "fp32":
         raise UnsupportedError(f"build: precision {precision!r} is not available on the CPU backend; use fp32")
     if sparsity == "force":
