@@ -10,8 +10,11 @@ from oracle_gpu import OracleGpu, Serialised, first_ways
 from toy_networks import IMAGE, NETWORKS, export
 
 from twofour.builder.assemble import Assembler, forced
-from twofour.builder.gpu import layer_rows
+from twofour.builder.gpu import record_of
+from twofour.builder.gpus import GPUS
 from twofour.builder.lower import Front
+from twofour.builder.memory import plan_memory
+from twofour.builder.record import LayerRecord
 from twofour.builder.specs import spec_of
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.plan import Plan
@@ -27,19 +30,21 @@ def no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
-def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bool = False) -> tuple[Plan, list[dict[str, object]]]:
+def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bool = False) -> tuple[Plan, list[LayerRecord]]:
     model = parse_onnx_file(path)
     inputs = tuple(spec_of(v, "input") for v in model.graph.inputs)
     outputs = tuple(spec_of(v, "output") for v in model.graph.outputs)
-    front, assembler, programs, rows = Front(path), Assembler(inputs, outputs, 132), [], []
+    front, assembler, programs = Front(path), Assembler(inputs, outputs, 132), []
+    rows: list[LayerRecord] = []
     for batch in batches:
         lowered = front.lower(batch, precision)
         if force:
             lowered = dataclasses.replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
         chosen = first_ways(lowered)
-        programs.append(assembler.program(lowered, chosen, [Serialised() for _ in chosen], [None] * len(chosen)))  # type: ignore[misc]
-        rows += layer_rows(lowered, chosen)
-        assert assembler.memory[batch].peak_bytes <= 1.1 * assembler.memory[batch].bound_bytes
+        memory = plan_memory(lowered.buffers())
+        programs.append(assembler.program(lowered, memory, chosen, [Serialised() for _ in chosen], [None] * len(chosen)))  # type: ignore[misc]
+        rows += record_of("model", lowered, memory, chosen, GPUS["H200"]).layers
+        assert memory.peak_bytes <= 1.1 * memory.bound_bytes
     needs = {"cublaslt": "1", "cudnn": "1", "cusparselt": "1"}
     plan = Plan("cuda", "cuda", precision, "auto", inputs, outputs, assembler.payload.tensors, batches, {}, tuple(programs), {}, needs)
     return plan, rows
@@ -58,7 +63,7 @@ def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     wanted = np.concatenate([session.run(None, {session.get_inputs()[0].name: x[i : i + 1]})[0] for i in range(3)])
     # Every layer rounds its result once; the errors of L layers add as square roots, and a network amplifies some of them.
-    layers = sum(bool(row["flops"]) for row in rows)
+    layers = sum(bool(row.flops) for row in rows)
     limit = 8 * ROUNDING[precision] * np.sqrt(layers) * np.abs(wanted).max()
     assert np.abs(y - wanted).max() <= limit
 
@@ -67,9 +72,9 @@ def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> No
     path = tmp_path / "model.onnx"
     export("resnet", path)
     plan, rows = assembled(path, (1,), "fp16", force=True)
-    eligible = [row for row in rows if row["eligible"]]
+    eligible = [row for row in rows if row.eligible]
     assert eligible
-    assert all(row["sparse"] for row in eligible)
+    assert all(row.sparse for row in eligible)
     plan.save(tmp_path / "model.plan")
     gpu = OracleGpu()
     backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)

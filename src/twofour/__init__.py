@@ -10,6 +10,7 @@ from twofour.version import __version__
 
 if TYPE_CHECKING:
     from twofour.builder import build as build
+    from twofour.builder import estimate as estimate
     from twofour.compress import compress as compress
     from twofour.exchange import export as export
     from twofour.exchange import inspect as inspect
@@ -40,6 +41,7 @@ _ROOM_OF = {
     "Recipe": "training",
     "build": "builder",
     "compress": "compress",
+    "estimate": "builder",
     "export": "exchange",
     "hold": "training",
     "inspect": "exchange",

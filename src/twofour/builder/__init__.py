@@ -1,5 +1,7 @@
 """ONNX + device → Plan."""
 
 from twofour.builder.build import build
+from twofour.builder.estimate import Estimate, estimate
+from twofour.builder.record import BuildRecord, LayerRecord
 
-__all__ = ["build"]
+__all__ = ["BuildRecord", "Estimate", "LayerRecord", "build", "estimate"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from twofour.builder.graph import Array
 from twofour.builder.lower import LayerCall, Lowered
-from twofour.builder.memory import MemoryPlan, aligned, plan_memory
+from twofour.builder.memory import MemoryPlan, aligned
 from twofour.builder.storage import Place
 from twofour.builder.tactics.choose import Chosen
 from twofour.builder.tactics.ways import bias_for, weight_for
@@ -64,21 +64,24 @@ class Assembler:
     def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec], num_sms: int) -> None:
         self.inputs, self.outputs, self.num_sms = inputs, outputs, num_sms
         self.payload = Payload()
-        self.memory: dict[int, MemoryPlan] = {}
 
     def program(
-        self, lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[Launchable], weights: Sequence[Array | None]
+        self,
+        lowered: Lowered,
+        memory: MemoryPlan,
+        chosen: Sequence[Chosen],
+        prepared: Sequence[Launchable],
+        weights: Sequence[Array | None],
     ) -> Program:
         """Return the program of one batch size.
 
         Args:
-            chosen, prepared: of every call that is no fallback, in order. weights: what a library made of a weight on the GPU, else None.
+            memory: where activations lie. chosen, prepared: of every call that is no fallback, in order.
+            weights: what a library made of a weight on the GPU, else None.
 
         Raises:
             UnsupportedError: an input or output is used in a form that the plan cannot hold.
         """
-        memory = plan_memory(lowered.buffers())
-        self.memory[lowered.batch] = memory
         values: dict[str, Value] = {}
         for call in lowered.calls:
             for name in call.operands.values():

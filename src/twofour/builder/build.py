@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.gpu import TACTICS, build_gpu
 from twofour.builder.specs import spec_of
 from twofour.errors import InputError, UnsupportedError, nearest
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan
 from twofour.plan.record import DEVICES, PRECISIONS, SPARSITY
 from twofour.version import __version__
-
-TACTICS = ("all", "ours")
 
 
 def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
@@ -85,10 +84,6 @@ def build(
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
     if device == "cuda":
-        if precision == "fp32":
-            raise UnsupportedError("build: precision 'fp32' is not available on a GPU; use fp16 or bf16")
-        from twofour.builder.gpu import build_gpu
-
         cache = None if timing_cache is None else Path(timing_cache)
         return build_gpu(
             path,
@@ -100,6 +95,9 @@ def build(
             fallback=fallback,
             progress=progress,
         )
+    for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
+        if given:
+            raise InputError(f"build: {name} is for device 'cuda', the device is {device!r}; leave it out")
     if precision != "fp32":
         raise UnsupportedError(f"build: precision {precision!r} is not available on the CPU backend; use fp32")
     if sparsity == "force":

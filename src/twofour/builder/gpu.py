@@ -2,26 +2,68 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twofour.builder.assemble import Assembler, forced
+from twofour.builder.gpus import GPUS, Gpu
 from twofour.builder.graph import Array
 from twofour.builder.lower import Front, Lowered
+from twofour.builder.memory import MemoryPlan, plan_memory
+from twofour.builder.record import BuildRecord, Timed, build_record
 from twofour.builder.specs import spec_of
 from twofour.builder.tactics.bench import Bench, upload
 from twofour.builder.tactics.choose import Chosen, choose_all
 from twofour.builder.tactics.ways import weight_for
+from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.exchange.inspect import parse_onnx_file
-from twofour.jit.driver import bindings, check, num_sms
+from twofour.jit.driver import bindings, capability, check, num_sms
 from twofour.kernels.launchable import Launchable, sources_digests
 from twofour.plan import Plan
 from twofour.version import __version__
 
+TACTICS = ("all", "ours")
+PRECISIONS = ("fp16", "bf16")
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network lowered for each batch size, with the memory plan of each."""
+
+    lowered: tuple[Lowered, ...] = field(repr=False)
+    memory: tuple[MemoryPlan, ...]
+
+
+def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool) -> Prepared:
+    """Return everything about an engine that needs no GPU.
+
+    Raises:
+        InputError, UnsupportedError: as import and the passes do.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"build: precision {precision!r} is not one of the GPU engine's, expected one of {list(PRECISIONS)}")
+    front = Front(path, fallback=fallback)
+    lowered = tuple(front.lower(size, precision) for size in sorted(set(batch)))
+    return Prepared(lowered, tuple(plan_memory(one.buffers()) for one in lowered))
+
+
+def require_gpu(device: int = 0) -> tuple[int, int]:
+    """Return the compute capability of the GPU on which tactics will be timed.
+
+    Raises:
+        UnsupportedError: there is none; estimates need none.
+    """
+    try:
+        return capability(device)
+    except (UnsupportedError, MissingExtraError) as error:
+        raise UnsupportedError(
+            f"build: device 'cuda' times every tactic on the GPU, and none can be used here ({error}); "
+            "build on the machine with the GPU, or predict with twofour estimate"
+        ) from error
 
 
 def build_gpu(
@@ -43,36 +85,36 @@ def build_gpu(
     """
     from twofour.timing.gpu import Stopwatch
 
+    ready = prepare(path, batches, precision, fallback)
+    require_gpu(device)
     model = parse_onnx_file(path)
     inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
     outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
-    front = Front(path, fallback=fallback)
     bench = Bench(Stopwatch(device), device)
+    machine = bench.watch.meter.machine()
     assembler = Assembler(inputs, outputs, num_sms(device))
-    programs, layers = [], {}
+    programs, records = [], []
     needs: dict[str, str] = {}
-    for batch in sorted(set(batches)):
-        lowered = front.lower(batch, precision)
+    for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
         if sparsity == "force":
             lowered = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
         chosen = choose_all(
             lowered.calls, sparsity=sparsity, tactics=tactics, cache=timing_cache, device=device, progress=progress, bench=bench
         )
         prepared = [bench.prepare(choice.way) for choice in chosen]
-        programs.append(assembler.program(lowered, chosen, prepared, _made_on_gpu(lowered, chosen, prepared)))
-        layers[str(batch)] = layer_rows(lowered, chosen)
+        programs.append(assembler.program(lowered, memory, chosen, prepared, _made_on_gpu(lowered, chosen, prepared)))
+        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"])))
         needs |= {choice.way.library: _version(choice.way.library, launch) for choice, launch in zip(chosen, prepared, strict=True)}
         if any(call.family == "fallback" for call in lowered.calls):
             needs["onnxruntime"] = _version("onnxruntime", None)
-    memory = {str(b): {"peak_bytes": m.peak_bytes, "bound_bytes": m.bound_bytes} for b, m in assembler.memory.items()}
     about: dict[str, Any] = {
         "twofour": __version__,
         "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "machine": bench.watch.meter.machine(),
+        "machine": machine,
         "tactics": tactics,
-        "sparse_kernels": any(row["sparse"] for rows in layers.values() for row in rows),
-        "layers": layers,
-        "memory": memory,
+        "sparse_kernels": any(layer.sparse for record in records for layer in record.layers),
+        "why_no_sparse_kernels": "no layer was faster with its zeros left out; the build report says so layer by layer",
+        "builds": [record.to_json() for record in records],
     }
     if sparsity == "force":
         about["note"] = "weights were pruned by magnitude to see what 2:4 buys: the accuracy of this engine is gone"
@@ -110,21 +152,23 @@ def _made_on_gpu(lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[
     return found
 
 
-def layer_rows(lowered: Lowered, chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
-    """Return one row a layer, in the order in which they run: what it is, what was timed, what won, and why it is not sparse."""
+def record_of(name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu) -> BuildRecord:
+    """Return the build report of one batch size."""
     made = iter(chosen)
-    total = sum(choice.us for choice in chosen) or 1.0
-    rows = []
+    timed: list[Timed | None] = []
     for call in lowered.calls:
-        row: dict[str, Any] = {"name": call.name, "kind": call.kind, "flops": call.flops, "bytes": call.num_bytes}
-        row |= {"eligible": call.eligible, "is_24": call.is_24, "why_not_24": call.why_not_24}
         if call.family == "fallback":
-            rows.append(row | {"chosen": "onnxruntime", "sparse": False, "times_us": {}, "left_out": {}, "share": None})
+            timed.append(None)
             continue
         choice = next(made)
-        row |= {"chosen": str(choice.way), "sparse": choice.way.is_sparse, "us": choice.us, "share": choice.us / total}
-        rows.append(row | {"times_us": choice.times_us, "left_out": choice.left_out})
-    return rows
+        timed.append(Timed(str(choice.way), choice.times_us, choice.left_out, choice.way.is_sparse))
+    return build_record(name, lowered, memory, timed, gpu)
+
+
+def _gpu_of(name: str) -> Gpu:
+    """The table's row whose name stands in the driver's name for a GPU; for one that it lacks the H100's, whose name then says so."""
+    found = [gpu for gpu in GPUS.values() if gpu.name.removeprefix("RTX ") in name]
+    return max(found, key=lambda gpu: len(gpu.name)) if found else replace(GPUS["H100"], name=f"{name} (peak rates of an H100)")
 
 
 def _version(library: str, launch: Any) -> str:

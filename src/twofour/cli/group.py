@@ -16,6 +16,7 @@ COMMANDS = {
     "prune": "Prune a network's weights to 2:4.",
     "train": "Train by a recipe; masks of a 2:4 network are held.",
     "export": "Write checked ONNX.",
+    "estimate": "What 2:4 would buy an ONNX file on GPUs that are not here: a prediction, layer by layer.",
     "build": "ONNX → plan.",
     "run": "Run a plan on inputs from a file.",
     "measure": "Latency, throughput and memory of plans and ONNX files, interleaved.",

@@ -5,10 +5,13 @@ from typing import Any
 
 from rich.console import Console
 
+from twofour.builder import BuildRecord, Estimate
+from twofour.builder.estimate import H200_ERROR
+from twofour.builder.record import why_winner
 from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
 from twofour.pruning import Pruning, Sensitivity
-from twofour.report import Measurement
+from twofour.report import Measurement, units
 
 
 def print_pruning(record: Pruning, console: Console) -> None:
@@ -67,3 +70,48 @@ def print_gemm(rows: Sequence[dict[str, Any]], summaries: dict[str, dict[str, fl
     for dtype, values in summaries.items():
         for name, value in values.items():
             say(console, f"{dtype} {name.replace('_', ' ')}: {value:.3f}")
+
+
+def print_estimates(estimates: Sequence[Estimate], console: Console) -> None:
+    """Print predictions, a row a GPU and batch size, and how far predictions are from measurements."""
+    table = make_table("GPU", "batch", "dense ms", "2:4 ms", "gain", "dense items/s", "2:4 items/s")
+    for e in estimates:
+        rates = (f"{1e6 * e.batch / e.dense_us:,.0f}", f"{1e6 * e.batch / e.sparse_us:,.0f}")
+        add_row(
+            table, e.gpu, str(e.batch), f"{e.dense_us / 1e3:.3f}", f"{e.sparse_us / 1e3:.3f}", f"{e.dense_us / e.sparse_us:.2f}×", *rates
+        )
+    console.print(table)
+    say(console, "A prediction from data-sheet rates, not a measurement.")
+    for kind, error in H200_ERROR.items():
+        say(
+            console,
+            f"On an H200 such predictions are off by {error}, {kind}; other GPUs are assumed to reach the same shares of their rates.",
+        )
+
+
+def print_estimate_layers(estimate: Estimate, console: Console) -> None:
+    """Print one prediction, a row a layer."""
+    table = make_table("layer (predicted)", "family", "shape", "FLOPs", "dense µs", "2:4 µs", "bound by", "why not 2:4")
+    for layer in estimate.layers:
+        sparse = "" if layer.sparse_us is None else f"{layer.sparse_us:.1f}"
+        flops = units.flops_text(layer.flops)
+        add_row(table, layer.name, layer.family, layer.shape, flops, f"{layer.dense_us:.1f}", sparse, layer.bound, layer.why_not)
+    console.print(table)
+
+
+def print_build(record: BuildRecord, console: Console) -> None:
+    """Print a build report, a row a layer, and the memory."""
+    table = make_table(
+        "layer", "shape", "FLOPs", "bytes", "eligible", "winner", "µs", "share", "over roofline", "candidates µs", "2:4 or why not"
+    )
+    for layer in record.layers:
+        others = [f"{name} {us:.1f}" for name, us in sorted(layer.candidates.items(), key=lambda item: item[1])]
+        others += [f"{name}: {reason}" for name, reason in layer.left_out.items()]
+        us = units.NOT_KNOWN if layer.us is None else f"{layer.us:.1f}"
+        share = "" if layer.share is None else units.share_text(layer.share)
+        over = "" if layer.over_roofline is None else f"{layer.over_roofline:.1f}×"
+        sizes = (units.flops_text(layer.flops), units.bytes_text(layer.num_bytes), "yes" if layer.eligible else "no")
+        add_row(table, layer.name, layer.shape, *sizes, layer.winner, us, share, over, "; ".join(others), why_winner(layer))
+    console.print(table)
+    excess = 100 * (record.peak_bytes / record.bound_bytes - 1) if record.bound_bytes else 0.0
+    say(console, str(record), f"memory: {units.bytes_text(record.peak_bytes)}, {excess:.1f} % above the most alive at one step")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from twofour.builder.record import LayerRecord
+
 # matplotlib wants literal colours: each stands for the page's variable until the SVG is written.
 COLOURS = {
     "#010101": "var(--ink)",
@@ -217,32 +219,59 @@ def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
     values = [(layer.flops or 0) / scale for layer in ran]
     colours = [SPARSE if layer.eligible else DENSE for layer in ran]
     titles = {f"layer{i}": f"{layer.name}: {flops_text(layer.flops or 0)}, {layer.reason or '2:4'}" for i, layer in enumerate(ran)}
-    named = len(ran) <= MOST_NAMED_LAYERS
-    height = 44 + 24 * len(ran) if named else 300
+    label = f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4"
+    names = [layer.name.removesuffix(".weight") for layer in ran]
+    return _layer_bars(names, values, colours, titles, f"{unit} per item", label, width=width, name=name)
+
+
+def time_by_layer(layers: Sequence["LayerRecord"], *, width: int, name: str) -> str:
+    """Return the winner's time of each layer of a build that was timed, in order, coloured by whether it uses the zeros."""
+    timed = [layer for layer in layers if layer.us is not None]
+    values = [layer.us or 0.0 for layer in timed]
+    colours = [SPARSE if layer.sparse else DENSE for layer in timed]
+    titles = {f"layer{i}": f"{layer.name}: {significant(layer.us or 0.0)} µs, {layer.winner}" for i, layer in enumerate(timed)}
+    label = f"Bar chart: microseconds of {len(timed)} layers, by whether they run 2:4"
+    return _layer_bars([layer.name for layer in timed], values, colours, titles, "µs a batch", label, width=width, name=name)
+
+
+def _layer_bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    titles: dict[str, str],
+    axis: str,
+    label: str,
+    *,
+    width: int,
+    name: str,
+) -> str:
+    """Return one bar a layer: named side by side while there are few, else thin ones in the network's order."""
+    named = len(names) <= MOST_NAMED_LAYERS
+    height = 44 + 24 * len(names) if named else 300
     with _figure(width, height) as figure:
         if named:
             length = 34 if width > 600 else 16
-            labels = [_shortened(layer.name.removesuffix(".weight"), length) for layer in ran]
-            left = 16 + 7.2 * max((len(label) for label in labels), default=0)
+            labels = [_shortened(text, length) for text in names]
+            left = 16 + 7.2 * max((len(text) for text in labels), default=0)
             axes = figure.add_axes((left / width, 40 / height, 1 - (left + 56) / width, 1 - 44 / height))
-            bars = axes.barh(range(len(ran)), values, height=0.66, color=colours)
-            axes.set_yticks(range(len(ran)), labels)
-            axes.set_ylim(len(ran) - 0.4, -0.6)
-            axes.set_xlabel(f"{unit} per item")
+            bars = axes.barh(range(len(names)), values, height=0.66, color=colours)
+            axes.set_yticks(range(len(names)), labels)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.set_xlabel(axis)
             axes.grid(axis="y", visible=False)
             for i, value in enumerate(values):
                 axes.annotate(significant(value), (value, i), (5, 0), textcoords="offset points", va="center", color=MUTED)
         else:
             axes = figure.add_axes((48 / width, 40 / height, 1 - (48 + 20) / width, 1 - 68 / height))
-            bars = axes.bar(range(1, len(ran) + 1), values, width=0.8, color=colours)
-            axes.set_xlim(0.4, len(ran) + 0.6)
+            bars = axes.bar(range(1, len(names) + 1), values, width=0.8, color=colours)
+            axes.set_xlim(0.4, len(names) + 0.6)
             axes.set_xlabel("layer, in the network's order")
-            axes.set_title(f"{unit} per item", loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
+            axes.set_title(axis, loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
             axes.grid(axis="x", visible=False)
         for i, bar in enumerate(bars):
             bar.set_gid(f"layer{i}")
         axes.tick_params(length=0, pad=6)
-        return _svg(figure, name, f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4", titles)
+        return _svg(figure, name, label, titles)
 
 
 def share_by_operation(rows: Sequence[OperationShare], *, width: int, name: str) -> str:

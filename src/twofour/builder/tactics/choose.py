@@ -11,9 +11,9 @@ from typing import Any
 
 from twofour.builder.lower import LayerCall
 from twofour.builder.tactics.bench import Bench, Timed
-from twofour.builder.tactics.screen import screen
-from twofour.builder.tactics.ways import LIBRARIES, Way, ways_of, weight_for
-from twofour.errors import InputError, UnsupportedError
+from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.builder.tactics.ways import LIBRARIES, Way, cudnn_trial, cudnn_ways, ways_of, weight_for
+from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.files import write_text
 from twofour.jit.driver import num_sms
 from twofour.kernels import families
@@ -22,7 +22,6 @@ from twofour.kernels.records import to_plain
 
 log = logging.getLogger(__name__)
 CACHE_SCHEMA = 1
-MOST_CUDNN = 3  # of the plans that ran alone, the fastest are timed against the other ways
 PACKAGES = ("nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")
 Progress = Callable[[int, int, str], None]
 
@@ -163,16 +162,17 @@ def choose_all(
             wanted.setdefault(key_of(call, sparsity, libraries), call)
     known = {key: found for key in wanted if (found := remembered.get(key)) is not None}
     todo = {key: call for key, call in wanted.items() if key not in known}
-    listed = {key: ways_of(call, sparsity=sparsity, libraries=libraries, sms=num_sms(device)) for key, call in todo.items()}
-    alone, failed = screen([group for ways, _ in listed.values() if (group := [w for w in ways if w.library == "cudnn"])], device)
+    trials, outcomes = _tried(todo, libraries, device)
     refused: dict[str, str] = {}
     for number, (key, call) in enumerate(todo.items()):
         if progress is not None:
             progress(number, len(todo), call.name)
-        ways, left = listed[key]
-        trusted = sorted((w for w in ways if w in alone), key=lambda w: alone[w])[:MOST_CUDNN]
-        left |= {str(w): failed[w] for w in ways if w in failed and "expected number" not in failed[w] and "no further" not in failed[w]}
-        found = _fastest(bench, call, [w for w in ways if w.library != "cudnn" or w in trusted], left)
+        ways, left = ways_of(call, sparsity=sparsity, libraries=libraries, sms=num_sms(device))
+        if key in outcomes:
+            ways += cudnn_ways(trials[key], outcomes[key], left)
+        elif "cudnn" in libraries and isinstance(reason := cudnn_trial(call), str):
+            left["cudnn"] = reason
+        found = _fastest(bench, call, ways, left)
         if found is None:
             refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
             continue
@@ -185,6 +185,20 @@ def choose_all(
             + ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         )
     return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]
+
+
+def _tried(todo: dict[str, LayerCall], libraries: Sequence[str], device: int) -> tuple[dict[str, Trial], dict[str, Outcome]]:
+    """What came of trying cuDNN's plans in a process of their own, by the calls' keys."""
+    if "cudnn" not in libraries:
+        return {}, {}
+    trials = {key: trial for key, call in todo.items() if isinstance(trial := cudnn_trial(call), Trial)}
+    if not trials:
+        return {}, {}
+    try:
+        outcomes = try_plans(list(trials.values()), device)
+    except TwofourError as e:
+        outcomes = [Outcome(reason=str(e)) for _ in trials]
+    return trials, dict(zip(trials, outcomes, strict=True))
 
 
 def _fastest(bench: Bench, call: LayerCall, ways: Sequence[Way], left: dict[str, str]) -> Chosen | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from twofour.builder.graph import Array
 from twofour.builder.lower import LayerCall
+from twofour.builder.tactics.untrusted import Outcome, Trial
 from twofour.kernels import families
 from twofour.kernels.conv import contract as conv
 from twofour.kernels.conv.cudnn import UNFUSED, is_fusible
@@ -21,7 +22,8 @@ from twofour.pattern.pack_sm90 import pack
 
 LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
 SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
-CUBLASLT_ALGORITHMS, CUDNN_PLANS = 3, 10
+CUBLASLT_ALGORITHMS = 3
+MOST_CUDNN = 3  # of the plans that ran alone, the fastest are timed against the other ways
 _CANDIDATES: dict[str, Any] = {"pointwise": pointwise.candidates, "pool": pool.candidates, "resize": pool.candidates}
 _CANDIDATES["reduce"] = reduce.candidates
 
@@ -59,7 +61,7 @@ class Way:
 def ways_of(
     call: LayerCall, *, sparsity: str = "auto", libraries: Sequence[str] = LIBRARIES["all"], sms: int = 132
 ) -> tuple[list[Way], dict[str, str]]:
-    """Return the ways worth timing, and why others are left out, by library.
+    """Return the ways worth timing, and why others are left out, by library; cuDNN's plans apart, which `cudnn_trial` asks for.
 
     A sparse way is listed where the weight is 2:4 and `sparsity` is not `off`; a dense one always: an engine is never slower for its zeros.
     """
@@ -77,20 +79,30 @@ def ways_of(
         found += _products(product, sparse, libraries, sms, left)
     elif call.family == "conv":
         left["2:4"] = call.why_not_24
-    if call.family == "conv" and "cudnn" in libraries:
-        reason = families.why_not("conv", "cudnn", call.problem, None)
-        if reason is not None:
-            left["cudnn"] = reason
-        else:
-            first = 0 if is_fusible(call.problem) else UNFUSED
-            found += [Way("conv", "cudnn", call.problem, None, first + i) for i in range(CUDNN_PLANS)]
-    if call.family == "attention" and "cudnn" in libraries:
-        found += [Way("attention", "cudnn", call.problem, None, i) for i in range(2)]
     if call.family == "matmul" and "cublaslt" in libraries:
         found += [Way("matmul", "cublaslt", call.problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
     if call.family in _CANDIDATES:
         found += [Way(call.family, OURS, call.problem, config) for config in _CANDIDATES[call.family](call.problem, sms)]
     return found, left
+
+
+def cudnn_trial(call: LayerCall) -> Trial | str | None:
+    """Return the trial of cuDNN's plans for a call, why there is none, or None where cuDNN computes nothing of the kind."""
+    if call.family not in ("conv", "attention"):
+        return None
+    reason = families.why_not(call.family, "cudnn", call.problem, None)
+    if reason is not None:
+        return reason
+    return Trial(call.family, call.problem, fused=call.family != "conv" or is_fusible(call.problem))
+
+
+def cudnn_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
+    """Return the fastest of the plans that ran alone; why others are left out goes to `left`."""
+    if outcome.reason is not None:
+        left["cudnn"] = outcome.reason
+    first = 0 if trial.fused else UNFUSED
+    left |= {f"cudnn {plan}": why for plan, why in outcome.left_out.items()}
+    return [Way(trial.family, "cudnn", trial.problem, None, first + plan) for plan in outcome.best(MOST_CUDNN)]
 
 
 def _products(product: gemm.Problem, sparse: bool, libraries: Sequence[str], sms: int, left: dict[str, str]) -> list[Way]:

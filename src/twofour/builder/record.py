@@ -1,0 +1,152 @@
+"""The build report as data: for every layer what was tried, what won, and how far that is from what the GPU could do."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from twofour.builder.estimate import shape_text
+from twofour.builder.gpus import Gpu
+from twofour.builder.lower import LayerCall, Lowered
+from twofour.builder.memory import MemoryPlan
+from twofour.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What timing found for one layer: microseconds a candidate, why others were left out, the winner and whether it uses the zeros."""
+
+    winner: str
+    times_us: Mapping[str, float]
+    left_out: Mapping[str, str]
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of the build report.
+
+    Attributes:
+        eligible, why_not_24: whether a 2:4 kernel could compute it, and why it does not run sparse as it is.
+        candidates: microseconds of every tactic that ran. left_out: why the others did not.
+        us: the winner's time; None where nothing was timed. share: of all layers' time, in 0…1.
+        roofline_us: the least time the GPU's peak rates allow. over_roofline: us / roofline_us.
+    """
+
+    name: str
+    kind: str
+    family: str
+    shape: str
+    flops: int
+    num_bytes: int
+    eligible: bool
+    is_24: bool
+    why_not_24: str
+    candidates: dict[str, float]
+    left_out: dict[str, str]
+    winner: str
+    sparse: bool
+    us: float | None
+    share: float | None
+    roofline_us: float
+    over_roofline: float | None
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """The build report of one batch size: its layers in order, and the memory."""
+
+    model: str
+    gpu: str
+    batch: int
+    precision: str
+    layers: tuple[LayerRecord, ...]
+    peak_bytes: int
+    bound_bytes: int
+
+    @property
+    def total_us(self) -> float:
+        """Sum of the winners' times."""
+        return sum(layer.us or 0.0 for layer in self.layers)
+
+    def __str__(self) -> str:
+        sparse = sum(layer.sparse for layer in self.layers)
+        return (
+            f"BuildRecord({self.model} on {self.gpu}, batch {self.batch}, {self.precision}: {len(self.layers)} layers, {sparse} of them "
+            f"2:4, {self.total_us / 1e3:.3f} ms, {self.peak_bytes:,} bytes of activations)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {"schema": SCHEMA, **asdict(self), "total_us": self.total_us}
+
+    @classmethod
+    def from_json(cls, text: str) -> "BuildRecord":
+        """Return the record that `to_json` gave.
+
+        Raises:
+            InputError: the text is no such record.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("schema") != SCHEMA:
+                raise InputError(f"build record has another schema, this version reads {SCHEMA}; build again")
+            data.pop("total_us")
+            return cls(**{**data, "layers": tuple(LayerRecord(**layer) for layer in data["layers"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"build record is damaged ({error!r}); build again") from error
+
+
+def roofline_us(call: LayerCall, gpu: Gpu, *, sparse: bool) -> float:
+    """Return the longer of the arithmetic at peak rate and the traffic at full bandwidth, in microseconds."""
+    peak = gpu.sparse_tflops if sparse else gpu.dense_tflops
+    return max(call.flops / (peak * 1e6), call.num_bytes / (gpu.bandwidth_gb_s * 1e3))
+
+
+def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequence[Timed | None], gpu: Gpu) -> BuildRecord:
+    """Return the record of a build: `timed` holds one entry a call, None where nothing was timed."""
+    total = sum(t.times_us[t.winner] for t in timed if t is not None and t.winner in t.times_us)
+    layers = []
+    for call, found in zip(lowered.calls, timed, strict=True):
+        us = None if found is None else found.times_us.get(found.winner)
+        sparse = found is not None and found.sparse
+        least = roofline_us(call, gpu, sparse=sparse)
+        layers.append(
+            LayerRecord(
+                call.name,
+                call.kind,
+                call.family,
+                shape_text(call),
+                call.flops,
+                call.num_bytes,
+                call.eligible,
+                call.is_24,
+                call.why_not_24,
+                {} if found is None else dict(found.times_us),
+                {} if found is None else dict(found.left_out),
+                "" if found is None else found.winner,
+                sparse,
+                us,
+                us / total if us is not None and total else None,
+                least,
+                us / least if us is not None and least else None,
+            )
+        )
+    return BuildRecord(model, gpu.name, lowered.batch, lowered.precision, tuple(layers), memory.peak_bytes, memory.bound_bytes)
+
+
+def why_winner(layer: LayerRecord) -> str:
+    """Return in one phrase why a layer runs as it does: its gain from 2:4, or why there is none."""
+    if layer.sparse:
+        dense = [us for name, us in layer.candidates.items() if name != layer.winner and "2:4" not in name and name != "cusparselt"]
+        return f"2:4, {min(dense) / layer.us:.2f}× the best dense" if dense and layer.us else "2:4"
+    if layer.why_not_24:
+        return layer.why_not_24
+    sparse = [us for name, us in layer.candidates.items() if "2:4" in name or name == "cusparselt"]
+    if layer.is_24 and sparse and layer.us:
+        return f"2:4 is slower here: {min(sparse):.1f} µs against {layer.us:.1f}"
+    return ""

@@ -1,0 +1,131 @@
+"""The build report: what was tried, what won and why, in JSON, in the terminal and as a page; and `build` up to the GPU."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from graphs import imported, network
+from rich.console import Console
+
+import twofour
+from twofour.builder import BuildRecord, passes
+from twofour.builder.gpu import prepare
+from twofour.builder.gpus import GPUS
+from twofour.builder.lower import Lowered, lower
+from twofour.builder.memory import plan_memory
+from twofour.builder.record import Timed, build_record, roofline_us, why_winner
+from twofour.cli.group import twofour as command_line
+from twofour.cli.tables import print_build
+from twofour.errors import InputError, UnsupportedError
+from twofour.report.build_page import render_build
+
+
+@pytest.fixture(scope="module")
+def lowered() -> Lowered:
+    return lower(passes.prepare(imported(network("resnet"), 4), "fp16"), 4, "fp16")
+
+
+@pytest.fixture(scope="module")
+def record(lowered: Lowered) -> BuildRecord:
+    timed: list[Timed | None] = []
+    for number, call in enumerate(lowered.calls):
+        if call.family == "gemm":
+            timed.append(
+                Timed("twofour:2:4:128", {"twofour:2:4:128": 4.0, "cublaslt:0": 5.0}, {"cusparselt": "needs tokens by 8"}, sparse=True)
+            )
+        elif number == 3:
+            timed.append(None)
+        else:
+            timed.append(Timed("cudnn", {"cudnn": 6.0}, {}))
+    return build_record("net.onnx", lowered, plan_memory(lowered.buffers()), timed, GPUS["H200"])
+
+
+def test_shares_add_up_and_the_roofline_is_never_beaten_by_definition(lowered: Lowered, record: BuildRecord) -> None:
+    timed = [layer for layer in record.layers if layer.us is not None]
+    assert sum(layer.share or 0.0 for layer in timed) == pytest.approx(1.0)
+    assert record.total_us == pytest.approx(sum(layer.us or 0.0 for layer in timed))
+    assert len(timed) == len(record.layers) - 1
+    for call, layer in zip(lowered.calls, record.layers, strict=True):
+        assert layer.roofline_us == roofline_us(call, GPUS["H200"], sparse=layer.sparse)
+        assert layer.us is None or layer.over_roofline == pytest.approx(layer.us / layer.roofline_us)
+    assert record.peak_bytes >= record.bound_bytes > 0
+
+
+def test_the_reason_is_the_gain_or_why_there_is_none(record: BuildRecord) -> None:
+    gemm = next(layer for layer in record.layers if layer.family == "gemm")
+    assert why_winner(gemm) == "2:4, 1.25× the best dense"
+    grouped = next(layer for layer in record.layers if layer.why_not_24.startswith("grouped"))
+    assert why_winner(grouped) == "grouped convolution (2 groups)"
+
+
+def test_a_record_survives_json(record: BuildRecord) -> None:
+    text = json.dumps(record.to_json())
+    assert BuildRecord.from_json(text) == record
+    with pytest.raises(InputError, match="build record is damaged"):
+        BuildRecord.from_json("{}")
+    with pytest.raises(InputError, match="build record has another schema, this version reads 1"):
+        BuildRecord.from_json(text.replace('"schema": 1', '"schema": 2'))
+
+
+def test_the_terminal_table_has_candidates_and_reasons(record: BuildRecord) -> None:
+    console = Console(width=500, record=True)
+    print_build(record, console)
+    text = console.export_text()
+    assert "twofour:2:4:128 4.0; cublaslt:0 5.0; cusparselt: needs tokens by 8" in text
+    assert "grouped convolution (2 groups)" in text
+    assert "above the most alive at one step" in text
+    assert f"{len(record.layers)} layers" in text
+
+
+def test_the_page_shows_every_layer_and_a_chart(record: BuildRecord) -> None:
+    page = render_build(record)
+    assert page.startswith("<!doctype html>")
+    assert page.count("<svg") == 2
+    assert all(layer.shape in page for layer in record.layers)
+    assert "grouped convolution (2 groups)" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    hostile = build_hostile(record)
+    assert "<script>alert" not in render_build(hostile)
+
+
+def build_hostile(record: BuildRecord) -> BuildRecord:
+    data = record.to_json()
+    data["model"] = "<script>alert(1)</script>"
+    data["layers"][0]["name"] = "<script>alert(2)</script>"
+    return BuildRecord.from_json(json.dumps({**data, "schema": 1}))
+
+
+def test_a_build_for_the_gpu_needs_one(tmp_path: Path) -> None:
+    path, out = tmp_path / "net.onnx", tmp_path / "net.plan"
+    onnx.save(network("mobilenet_v2"), path)
+    arguments = ["build", str(path), "-o", str(out), "--device", "cuda", "--batch", "1,4", "--precision", "fp16", "--sparsity", "auto"]
+    with patch("twofour.builder.gpu.capability", side_effect=UnsupportedError("no NVIDIA driver was found")):
+        result = CliRunner().invoke(
+            command_line, [*arguments, "--tactics", "ours", "--timing-cache", str(tmp_path / "cache"), "--fallback"]
+        )
+    assert isinstance(result.exception, UnsupportedError)
+    assert "device 'cuda' times every tactic on the GPU, and none can be used here (no NVIDIA driver was found)" in str(result.exception)
+    assert "predict with twofour estimate" in str(result.exception)
+    assert not out.exists()
+
+
+def test_what_a_build_needs_no_gpu_for_is_ready(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(network("mobilenet_v2"), path)
+    ready = prepare(path, (4, 1, 4), "bf16", False)
+    assert [one.batch for one in ready.lowered] == [1, 4]
+    assert all(plan.peak_bytes == plan.bound_bytes for plan in ready.memory)
+
+
+def test_options_of_the_other_device_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(network("mobilenet_v2"), path)
+    with pytest.raises(InputError, match="fallback is for device 'cuda', the device is 'cpu'; leave it out"):
+        twofour.build(path, fallback=True)
+    with pytest.raises(InputError, match=r"tactics 'mine' is unknown, expected one of \['all', 'ours'\]"):
+        twofour.build(path, device="cuda", tactics="mine", precision="fp16")
+    with pytest.raises(InputError, match=r"precision 'fp32' is not one of the GPU engine's, expected one of \['fp16', 'bf16'\]"):
+        twofour.build(path, device="cuda")

@@ -1,0 +1,99 @@
+"""Predictions without a GPU: labelled as such, their error recomputed from the recorded measurements, each layer with its reason."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from graphs import network, text_model
+
+import twofour
+from twofour.builder.estimate import H200_ERROR, estimate, measured_error, product_us
+from twofour.builder.gpus import GPUS, gpu_named
+from twofour.cli.group import twofour as command_line
+from twofour.errors import InputError
+
+MEASURED = Path(__file__).parent.parent / "results" / "nvidia-h200" / "gemm.json"
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("estimate") / "linear.onnx"
+    weight = np.random.default_rng(0).standard_normal((4096, 4096)).astype(np.float32)
+    onnx.save(text_model("float[N,4096] x", "a = MatMul(x, w) y = Relu(a)", w=weight), path)
+    return path
+
+
+def test_the_stated_error_is_that_of_the_recorded_measurements() -> None:
+    rows = json.loads(MEASURED.read_text())["rows"]
+    assert measured_error(rows, GPUS["H200"], sparse=False) == H200_ERROR["dense"]
+    assert measured_error(rows, GPUS["H200"], sparse=True) == H200_ERROR["2:4"]
+    assert H200_ERROR["dense"].median < 0.1
+    assert H200_ERROR["2:4"].median < 0.1
+
+
+def test_peak_rates_are_twice_as_high_sparse_and_have_a_source() -> None:
+    assert list(GPUS) == ["A100", "A30", "L4", "L40S", "RTX 4090", "H100", "H200", "B200"]
+    for gpu in GPUS.values():
+        assert gpu.sparse_tflops == pytest.approx(2 * gpu.dense_tflops, rel=0.02)
+        assert "NVIDIA" in gpu.source
+
+
+def test_a_gpu_is_found_by_any_spelling() -> None:
+    assert gpu_named("NVIDIA GeForce rtx4090") is GPUS["RTX 4090"]
+    with pytest.raises(InputError, match=r"GPU 'H20O' is not in the table, expected one of A100, .*; did you mean 'H200'"):
+        gpu_named("H20O")
+
+
+def test_a_large_product_is_bound_by_arithmetic_and_a_small_one_by_memory_or_its_launch() -> None:
+    h200 = GPUS["H200"]
+    large, bound = product_us(h200, 8192, 8192, 8192, sparse=False)
+    assert bound == "arithmetic"
+    assert large == pytest.approx(3 + 2 * 8192**3 / (0.69 * 989.4e6))
+    assert product_us(h200, 16, 28672, 4096, sparse=False)[1] == "memory"
+    assert product_us(h200, 16, 64, 64, sparse=False)[1] == "launch"
+    # Weights are read once, at nine sixteenths of their dense size.
+    dense, sparse = (product_us(h200, 16, 28672, 4096, sparse=s)[0] for s in (False, True))
+    assert (dense - sparse) * 0.9 * 4.8e6 == pytest.approx(28672 * 4096 * 0.875, rel=1e-6)
+
+
+def test_a_network_of_large_products_gains_and_says_it_is_a_prediction(linear: Path) -> None:
+    (one,) = twofour.estimate(linear, gpus=["H200"], batch=[8192])
+    assert str(one).startswith("prediction for H200, batch 8192, fp16: dense ")
+    assert str(one).endswith("(not measured)")
+    assert 1.3 < one.dense_us / one.sparse_us < 1.5
+    data = one.to_json()
+    assert data["kind"] == "prediction"
+    assert data["error_on_h200"]["2:4"]["n"] == 41
+    assert data["source"] == GPUS["H200"].source
+
+
+def test_every_layer_of_a_network_has_a_time_and_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(network("regnet"), path)
+    predictions = estimate(path, gpus=["A100", "L4"], batch=(1, 64))
+    assert [(p.gpu, p.batch) for p in predictions] == [("A100", 1), ("A100", 64), ("L4", 1), ("L4", 64)]
+    for prediction in predictions:
+        assert all(layer.dense_us >= 3 for layer in prediction.layers)
+        assert prediction.sparse_us <= prediction.dense_us
+        for layer in prediction.layers:
+            weighted = layer.family in ("conv", "gemm")
+            assert bool(layer.why_not) == (weighted and (layer.sparse_us is None or layer.sparse_us >= 0.98 * layer.dense_us))
+    assert predictions[2].dense_us > predictions[0].dense_us
+
+
+def test_no_batch_is_refused(linear: Path) -> None:
+    with pytest.raises(InputError, match="no batch size is given, expected at least one"):
+        estimate(linear, batch=())
+
+
+def test_the_command_prints_tables_and_json(linear: Path) -> None:
+    table = CliRunner().invoke(command_line, ["estimate", str(linear), "--gpu", "H200", "--batch", "8192"], env={"COLUMNS": "200"})
+    assert table.exit_code == 0, table.output
+    assert "A prediction from data-sheet rates, not a measurement." in table.output
+    assert "8192×4096 → 4096" in table.output
+    assert "On an H200 such predictions are off by 3 % (median)" in table.output
+    printed = CliRunner().invoke(command_line, ["estimate", str(linear), "--batch", "64", "--json"])
+    assert [row["gpu"] for row in json.loads(printed.output)] == list(GPUS)
