@@ -348,6 +348,13 @@ def test_weights_of_a_relative_name_it_and_a_head_of_other_classes_is_told_apart
         load_weights(resolve_model("torchvision:resnet34").make(3), tmp_path / "w.pt", spec="torchvision:resnet34")
 
 
+def test_networks_that_are_no_classifiers_are_refused_without_fetching_a_backbone(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **options: pytest.fail("weights were fetched"))
+    model = resolve_model("torchvision:fcn_resnet50").make(2)
+    with pytest.raises(InputError, match="the model returns OrderedDict, expected one tensor; wrap it so that forward returns the logits"):
+        resolve_task(f"imagefolder@32:{images}").refuse_unfit(model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

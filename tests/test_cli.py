@@ -456,3 +456,16 @@ def test_progress_tells_items_a_second_and_time_left(monkeypatch: pytest.MonkeyP
         "  seed 0, dense: loss 0.500, 90.00, about 5 min left, epoch 5 of 10",
     ]
     assert [progress.duration_text(s) for s in (42, 3700, 11_100, 190_000)] == ["42 s", "62 min", "3 h 05 min", "2 d 4 h"]
+
+
+def test_the_documented_events_are_those_that_there_are() -> None:
+    from dataclasses import fields
+
+    from twofour.compress.events import NAMES
+
+    page = (Path(__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| (`.*) \|$", page, re.MULTILINE))
+    for kind, name in NAMES.items():
+        told = re.findall(r"`(\w+)`", documented.pop(name))
+        assert set(told) >= {field.name for field in fields(kind)}, name
+    assert documented.keys() == {"finished", "failed"}

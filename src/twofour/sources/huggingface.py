@@ -26,11 +26,13 @@ def logits(module: nn.Module, arguments: Any, output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers tells of new heads and missing keys in tables of its own; what matters here is logged or raised."""
+    """Transformers and the hub tell of new heads and failed requests in their own ways; what matters here is logged or raised."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as their_logging
 
-    before = their_logging.get_verbosity()
+    before, hub_before = their_logging.get_verbosity(), hub_logging.get_verbosity()
     their_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
     bars = their_logging.is_progress_bar_enabled()
     their_logging.disable_progress_bar()
     try:
@@ -38,6 +40,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         their_logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
         if bars:
             their_logging.enable_progress_bar()
 

@@ -128,7 +128,8 @@ def image_folder(folder: str, size: int = IMAGE_PX, skip_bad: bool = False) -> T
         if bad := [*train.drop_bad(), *validation.drop_bad()]:
             notes = (f"{len(bad)} of {total:,} images could not be read and were skipped (first: {bad[0]})",)
     workers = min(num_cores(), MOST_WORKERS)
-    return Task(f"imagefolder:{folder}", train, validation, num_classes=len(classes), workers=workers, notes=notes)
+    name = f"imagefolder:{folder}" if size == IMAGE_PX else f"imagefolder@{size}:{folder}"
+    return Task(name, train, validation, num_classes=len(classes), workers=workers, notes=notes)
 
 
 def read_cifar(paths: Sequence[Path]) -> ArrayDataset:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -71,11 +72,13 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"demo": DemoNet}
 def torchvision_model(name: str) -> Callable[[int], nn.Module]:
     """Return what makes torchvision's network `name` without weights."""
     import_torchvision()
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model, get_model_builder, list_models
 
     if name not in list_models():
         raise InputError(f"model 'torchvision:{name}' is unknown{nearest(name, list_models())}; twofour models lists all")
-    return lambda num_classes: get_model(name, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+    # Detection and segmentation networks would fetch the weights of their backbone otherwise.
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters else {}
+    return lambda num_classes: get_model(name, weights=None, num_classes=num_classes, **backbone)  # type: ignore[no-any-return]
 
 
 def timm_model(name: str) -> Callable[[int], nn.Module]:
