@@ -11,6 +11,7 @@ FOLDER with `cifar10/` and `resnet-cifar10/` as described in `accuracy_oneshot.p
 """
 
 import argparse
+import ast
 import copy
 import dataclasses
 import datetime
@@ -39,10 +40,26 @@ CHUNK = 100  # random networks of one seed
 CALIBRATION_ITEMS = 250
 
 
+def imported(root: Path, name: str) -> set[str]:
+    """Return the modules of a package that one of them imports, itself included, through whatever it imports."""
+    found, left = set(), [name]
+    while left:
+        name = left.pop()
+        if name in found or not (root / f"{name}.py").is_file():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((root / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("twofour.pruning.permutation"):
+                left += [node.module.rpartition(".")[2], *(alias.name for alias in node.names)]
+    return found
+
+
 def heading(kind: str) -> dict[str, Any]:
     """The fields that every results file has."""
     root = Path(twofour.__file__).parent / "pruning" / "permutation"
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.glob("*.py")))).hexdigest()[:16]
+    # Random networks are shuffled, not searched: only what the trial imports bears on them.
+    used = sorted(imported(root, "trial") if kind == "permutation networks" else (f.stem for f in root.glob("*.py")))
+    digest = hashlib.sha256(b"".join((root / f"{name}.py").read_bytes() for name in used)).hexdigest()[:16]
     return {
         "schema": 1,
         "kind": kind,

@@ -153,6 +153,7 @@ def _search(
                     progress(label, before + part * cost / total)
 
             result = search(columns, seed=seed, seconds=share, cut=seconds is not None, device=device, progress=report)
+            report(1.0)  # also where the clock cut it
             order = result.order
             complete = complete and result.complete
             if result.complete:
