@@ -131,12 +131,15 @@ def _patient(process: "subprocess.Popen[str]") -> Iterator[str]:
 def main() -> None:
     """Read a request from standard input and answer line by line: the body of the process."""
     request = json.loads(sys.stdin.read())
+    from twofour.kernels.cudnn import Handle
+
     first_trial, first_plan = request["start"]
+    handle = Handle(request["device"])
     for number, trial in enumerate(request["trials"]):
         if number >= first_trial:
             problem = read_problem(trial["family"], trial["problem"], "problem")
             begin = first_plan if number == first_trial else 0
-            _try(number, trial["family"], problem, trial["fused"], begin, trial["most"], request["device"])
+            _try(number, trial["family"], problem, trial["fused"], begin, trial["most"], handle)
     _say({"done": True})
 
 
@@ -145,14 +148,12 @@ def _say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: int, device: int) -> None:
+def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: int, handle: Any) -> None:
     from twofour.jit.driver import Buffer
     from twofour.kernels.conv.cudnn import UNFUSED
-    from twofour.kernels.cudnn import Handle
     from twofour.kernels.families import footprints
     from twofour.kernels.launchable import launchable
 
-    handle = Handle(device)
     try:
         count = _num_plans(family, problem, fused, handle)
     except TwofourError as error:
@@ -163,7 +164,7 @@ def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: 
     for plan in range(begin, min(count, most)):
         _say({"trial": number, "begin": plan})
         try:
-            call = launchable(family, "cudnn", problem, None, plan | (0 if fused else UNFUSED), device=device, handle=handle)
+            call = launchable(family, "cudnn", problem, None, plan | (0 if fused else UNFUSED), device=handle.device, handle=handle)
             space = Buffer(call.workspace_bytes, zeroed=True)
             us = _rough_us(lambda call=call, space=space: call(addresses, space.pointer, 0))
             _say({"trial": number, "plan": plan, "us": us, "error": ""})
