@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ class Pruned:
         record = Pruning.from_json(about["pruning"])
         # The record's order of layers is the masks' order, in which the weights are held.
         masks = {layer.name: parts["mask"][layer.name] for layer in record.pruned}
-        pruning = Pruning(record.method, record.layers, masks, record.notes, record.pattern)
-        return cls(parts["model"], pruning, about["one_shot"], about["reestimated"])
+        return cls(parts["model"], replace(record, masks=masks), about["one_shot"], about["reestimated"])
 
 
 class Records:
