@@ -150,7 +150,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     dense = resnet50()
-    pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),))
+    pruning = twofour.prune(dense, (torch.randn(1, 3, 64, 64),), permute=False)
     ways = ("ddp", "fsdp2") if dist.is_initialized() else ("one process",)
     rows = [run(way, dense, pruning, device, settings) for way in ways]
     if rank == 0:
@@ -164,7 +164,8 @@ def main() -> None:
                 "twofour": twofour.__version__,
             },
             "date": datetime.date.today().isoformat(),
-            "command": f"torchrun --nproc-per-node {rows[0]['processes']} evidence/distributed_hold.py {settings.out}",
+            "command": (f"torchrun --nproc-per-node {dist.get_world_size()}" if dist.is_initialized() else "python")
+            + f" evidence/distributed_hold.py {settings.out}",
             "rows": rows,
         }
         settings.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """What pruning and holding cost on this machine: masks of a 4096×4096 weight, the step of ResNet-20 with and without `hold`, files.
 
     python evidence/pruning_cost.py results/cpu/pruning-cost.json [--files-gb 3]
+    python evidence/pruning_cost.py results/GPU/pruning-cost.json --gpu
 
 Processor time counts all threads and is what other work on the machine leaves alone; the load average says whether there was any. Masks:
 15 calls each after a warm-up. Step: batch 128 of random 32×32 images, SGD with momentum; single steps with and without `hold` in turn, 7
 of each, and the masking alone, which the difference of two steps cannot resolve. Files: a synthetic bf16 decoder of 4096 channels
 in shards, written to and read from the temporary folder, so the page cache helps; peak memory is that above the interpreter's with torch.
+With `--gpu` the masks alone, chosen on the GPU, each call timed by CUDA events.
 """
 
 import argparse
@@ -53,6 +55,26 @@ def mask_rows() -> list[dict[str, Any]]:
             weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
             what = milliseconds(lambda weight=weight, pattern=pattern: pattern_mask(weight, Pattern.parse(pattern)))  # type: ignore[misc]
             rows.append({"what": "mask", "shape": [4096, 4096], "pattern": pattern, "dtype": str(dtype).removeprefix("torch.")} | what)
+    return rows
+
+
+def gpu_mask_rows() -> list[dict[str, Any]]:
+    """Return one row a pattern and format, of GPU time."""
+    rows = []
+    for pattern in ("2:4", "4:8", "2:4 transposable"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+            weight = torch.randn(4096, 4096, device="cuda").to(dtype)
+            took = []
+            for _ in range(N + 3):
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                pattern_mask(weight, Pattern.parse(pattern))
+                stop.record()
+                stop.synchronize()
+                took.append(start.elapsed_time(stop))
+            took = took[3:]
+            row = {"what": "mask", "shape": [4096, 4096], "pattern": pattern, "dtype": str(dtype).removeprefix("torch.")}
+            rows.append(row | {"min_ms": min(took), "median_ms": statistics.median(took), "n": N})
     return rows
 
 
@@ -142,14 +164,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--files-gb", type=float, default=3.0)
+    parser.add_argument("--gpu", action="store_true", help="masks on the GPU only")
     arguments = parser.parse_args()
-    rows = [*mask_rows(), hold_row(), files_row(arguments.files_gb)]
+    rows = gpu_mask_rows() if arguments.gpu else [*mask_rows(), hold_row(), files_row(arguments.files_gb)]
     result = {
         "schema": 1,
         "kind": "pruning",
-        "machine": {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0], "torch": torch.__version__},
+        "machine": {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0], "torch": torch.__version__}
+        | ({"gpu": torch.cuda.get_device_name()} if arguments.gpu else {}),
         "date": datetime.date.today().isoformat(),
-        "command": f"python evidence/pruning_cost.py {arguments.out} --files-gb {arguments.files_gb:g}",
+        "command": f"python evidence/pruning_cost.py {arguments.out} "
+        + ("--gpu" if arguments.gpu else f"--files-gb {arguments.files_gb:g}"),
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -52,6 +52,11 @@ def nonzero_dropped(state: dict[str, torch.Tensor], masks: dict[str, torch.Tenso
     return sum(int(torch.count_nonzero(state[name].view(torch.int32)[~mask])) for name, mask in masks.items())
 
 
+def everyone() -> DeviceMesh:
+    """All processes, on the CPU also where there is a GPU."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -83,8 +88,8 @@ def zero(folder: Path) -> dict[str, Any]:
 def fsdp2(folder: Path) -> dict[str, Any]:
     model, pruning = pruned()
     for layer in (model[0], model[2]):
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=everyone())
+    fully_shard(model, mesh=everyone())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with hold(model, optimizer, pruning) as handle:
         train(model, optimizer, range(3))
@@ -104,7 +109,7 @@ def fsdp2(folder: Path) -> dict[str, Any]:
 
 def fsdp2_resumed_with_derived_masks(folder: Path) -> dict[str, Any]:
     model = network()
-    fully_shard(model)
+    fully_shard(model, mesh=everyone())
     set_model_state_dict(
         model, load_file(folder / "fsdp.safetensors"), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
     )
@@ -146,7 +151,7 @@ def loaded_by_another_number(folder: Path) -> dict[str, Any]:
 def fsdp2_from_scratch(folder: Path) -> dict[str, Any]:
     """SR-STE on pieces of 15 and 9 rows against SR-STE on whole weights."""
     sharded, whole = network(), network()
-    fully_shard(sharded)
+    fully_shard(sharded, mesh=everyone())
     replicated = nn.parallel.DistributedDataParallel(whole)
     names = eligible_names(whole, (batch(0, 0)[0],))
     states = []

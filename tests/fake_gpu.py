@@ -74,6 +74,9 @@ class FakeGpu:
     def elapsed_us(self, begin: int, end: int) -> float:
         return float(end - begin)
 
+    def is_capturing(self, stream: int) -> bool:
+        return stream in self._capturing
+
     def begin_capture(self, stream: int) -> None:
         self._capturing[stream] = []
 

@@ -1,14 +1,17 @@
 """The command line as a user types it: each step on its own, one sentence and exit code 2 for what is wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import twofour
 from twofour.cli import main
 from twofour.cli.group import COMMANDS
 from twofour.compress import Compression
@@ -236,3 +239,233 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused(run, short_run
     with Path("x.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**11, 1, 8, 8)})
     assert "no .npy or .npz of plain arrays" in run("run", short_run.out / "model.plan", "--input", "x.npy", "--output", "y.npz").err
+
+
+def events_of(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_compress_tells_events_as_json_lines_and_resumes(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    import resume_worker
+
+    from twofour.training import loop
+
+    assert resume_worker.small_task().name == "small"
+    Path("r.toml").write_text("epochs = 2\nbatch = 16\n[optimizer]\nlr = 1e-3\n")
+    asked = ("compress", "small", "--data", "small", "--recipe", "r.toml", "--no-permute", "--out", "run", "--json")
+    step, calls = loop._Run._step, []
+
+    def interrupted(self: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", interrupted)
+        first = run(*asked)
+    assert first.code == 130
+    assert first.err.strip() == "twofour: interrupted; the same command with --resume goes on"
+    assert [event["event"] for event in events_of(first.out)] == ["stage_started", "epoch_finished", "failed"]
+    again = run(*asked)
+    assert again.code == 2
+    assert events_of(again.out)[-1] | {"time": 0} == {"event": "failed", "time": 0, "message": again.err[len("twofour: ") :].strip()}
+    assert "holds a run that was stopped; go on with --resume" in again.err
+    done = run(*asked, "--resume")
+    assert done.code == 0, done.err
+    kinds = [event["event"] for event in events_of(done.out)]
+    assert kinds[:2] == ["stage_started", "epochs_restored"]
+    assert kinds.count("epoch_finished") == 5
+    last = events_of(done.out)[-1]
+    assert (last["event"], last["out"], last["metric"]) == ("finished", "run", "accuracy")
+    assert last["accuracy"]["2:4"]
+    finished = run(*(word for word in asked if word != "--json"), "--resume", "--quiet")
+    lines = [line for line in finished.out.splitlines() if line.strip()]
+    assert lines[0].startswith("small on small")
+    assert not [line for line in lines if line.startswith("✓") or "Report:" in line]
+    assert "expected one of them" in run(*asked, "--quiet").err
+    assert "run.json" in {p.name for p in Path("run").iterdir()}
+
+
+def test_train_goes_on_where_it_was_stopped(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    import resume_worker
+    import torch
+
+    from twofour.training import Checkpoint, loop
+
+    assert resume_worker.small_task().name == "small"
+    Path("r.toml").write_text("epochs = 3\nbatch = 16\n[optimizer]\nlr = 1e-2\n")
+    asked = ("train", "small", "--data", "small", "--recipe", "r.toml")
+    assert run(*asked, "--out", "whole.safetensors").code == 0
+    step, calls = loop._Run._step, []
+
+    def interrupted(self: Any, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", interrupted)
+        assert run(*asked, "--out", "w.safetensors").code == 130
+    assert Path("w.safetensors.training").exists()
+    assert "is the state of a training that was stopped; go on with --resume" in run(*asked, "--out", "w.safetensors").err
+    other = run(*asked, "--out", "w.safetensors", "--resume", "--epochs", "5")
+    assert (other.code, "is of another training: recipe was" in other.err) == (2, True)
+    assert "2 of 3 epochs were done before" in run(*asked, "--out", "w.safetensors", "--resume").out
+    ours, theirs = (Checkpoint.load(name).state for name in ("w.safetensors", "whole.safetensors"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not Path("w.safetensors.training").exists()
+
+
+def test_a_check_that_fails_exits_with_1_and_wrong_input_with_2(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from twofour.errors import InputError, VerificationError
+    from twofour.exchange import inspect as room
+
+    for kind, code in ((VerificationError, 1), (InputError, 2)):
+
+        def fails(path: Path, kind: type[Exception] = kind) -> None:
+            raise kind("it differs")
+
+        monkeypatch.setattr("twofour.exchange.inspect", fails)
+        assert (run("inspect", "x.onnx").code, room is not None) == (code, True)
+
+
+def test_report_is_made_again_and_runs_are_compared(run, short_run: Compression, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    from report_sample import sample
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    shutil.copy(short_run.out / "report.json", one)
+    (two / "report.json").write_text(sample().model_dump_json())
+    assert run("report", one).code == 0
+    # The same record gives the same page, whenever it is made.
+    assert (one / "report.html").read_text() == (short_run.out / "report.html").read_text()
+    compared = run("report", one, two / "report.json")
+    assert (compared.code, compared.out.splitlines()[-1]) == (0, "comparison.html")
+    assert "different machines" in compared.out
+    page = Path("comparison.html").read_text()
+    assert "recipe.epochs" in page
+    for args, told in (
+        (("report", "nowhere"), "report 'nowhere' does not exist"),
+        (("report", one, one), "is given twice, expected each run once"),
+        (("report", one, "--out", "x.txt"), "does not end with .html"),
+        (("report", tmp_path), "report.json' does not exist"),
+    ):
+        outcome = run(*args)
+        assert (outcome.code, told in outcome.err) == (2, True), outcome.err
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What bash offers at the end of `line`, with our script loaded."""
+    script = r"""
+eval "$(twofour completion bash)"
+compopt() { :; }
+COMP_WORDBREAKS=$' \t\n"\'><=;|&(:'
+COMP_LINE="$1"; COMP_POINT=${#1}
+_twofour_completion twofour
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+    binaries = folder / "bin"
+    binaries.mkdir(exist_ok=True)
+    (binaries / "twofour").write_text(f'#!/bin/sh\nexec {sys.executable} -m twofour "$@"\n')
+    (binaries / "twofour").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True, cwd=folder, env=environment, check=True)
+    assert not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_and_names_with_colons(tmp_path: Path) -> None:
+    from twofour.cli.names import cache_file
+
+    package = str(Path(twofour.__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    kept = tmp_path / "cache" / "twofour" / cache_file().name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("demo\ntorchvision:resnet18\ntorchvision:resnet50\ntimm:resnet18\n")
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
+    assert completed("twofour comp", tmp_path) == ["compress", "completion"]
+    assert "--resume" in completed("twofour compress --re", tmp_path)
+    assert completed("twofour compress torchv", tmp_path) == ["torchvision:"]
+    # Bash replaces what stands behind the colon only.
+    assert completed("twofour compress torchvision:resnet5", tmp_path) == ["resnet50"]
+    assert completed("twofour compress demo --data imagefolder:pic", tmp_path) == ["pictures/"]
+    assert completed("twofour train demo --recipe f", tmp_path) == ["finetune"]
+
+
+def test_scripts_for_other_shells_and_the_list_of_models_is_kept(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from twofour.cli import names
+
+    assert "#compdef twofour" in run("completion", "zsh").out
+    assert "complete --no-files --command twofour" in run("completion", "fish").out
+    assert run("completion", "csh").code == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("twofour.sources.models.list_models", lambda: ["demo", "timm:a"])
+    assert names.model_names() == ["demo", "timm:a"]
+    monkeypatch.setattr("twofour.sources.models.list_models", lambda: ["other"])
+    assert names.model_names() == ["demo", "timm:a"]
+
+
+def test_no_color_and_no_terminal_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from twofour.cli.progress import ProgressDisplay
+    from twofour.compress.events import StageFinished, StageStarted
+
+    for terminal, colour, escapes in ((True, False, True), (True, True, False), (False, False, False)):
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("NO_COLOR", "1") if colour else monkeypatch.delenv("NO_COLOR", raising=False)
+        written = io.StringIO()
+        console = Console(file=written, force_terminal=terminal, highlight=False)
+        show = ProgressDisplay(console)
+        show(StageStarted("export"))
+        show(StageFinished("export", 1.0, ""))
+        assert "export 1.0 s" in re.sub("\x1b\\[[0-9;]*m", "", written.getvalue())
+        assert ("\x1b[32m" in written.getvalue()) == escapes
+
+
+def test_progress_tells_items_a_second_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from twofour.cli import progress
+    from twofour.compress.events import EpochFinished, EpochsRestored, StageStarted, StepsDone
+    from twofour.training import Epoch, Step
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    written = io.StringIO()
+    show = progress.ProgressDisplay(Console(file=written, width=200))
+    show(StageStarted("train", 10))
+    show(EpochsRestored("dense", 0, 4, 10))
+    now[0] = 30.0
+    show(StepsDone("dense", 0, Step(5, 640, 1280, 21.3), 10))
+    now[0] = 60.0
+    show(EpochFinished("dense", 0, Epoch(5, 0.5, 90.0, 0.1, 60.0), 10))
+    lines = written.getvalue().splitlines()
+    assert lines == [
+        "  seed 0, dense: 4 of 10 epochs were done before",
+        "  seed 0, dense: 21 items/s, about 6 min left, epoch 5 of 10, 640 of 1,280 items",
+        "  seed 0, dense: loss 0.500, 90.00, about 5 min left, epoch 5 of 10",
+    ]
+    assert [progress.duration_text(s) for s in (42, 3700, 11_100, 190_000)] == ["42 s", "62 min", "3 h 05 min", "2 d 4 h"]
+
+
+def test_the_documented_events_are_those_that_there_are() -> None:
+    from dataclasses import fields
+
+    from twofour.compress.events import NAMES
+
+    page = (Path(__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| (`.*) \|$", page, re.MULTILINE))
+    for kind, name in NAMES.items():
+        told = re.findall(r"`(\w+)`", documented.pop(name))
+        assert set(told) >= {field.name for field in fields(kind)}, name
+    assert documented.keys() == {"finished", "failed"}

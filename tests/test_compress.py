@@ -14,7 +14,17 @@ from twofour.report import Report
 from twofour.sources import Task
 from twofour.training import Checkpoint
 
-FILES = ["dense.onnx", "dense.safetensors", "log.txt", "model.plan", "report.html", "report.json", "sparse.onnx", "sparse.safetensors"]
+FILES = [
+    "dense.onnx",
+    "dense.safetensors",
+    "log.txt",
+    "model.plan",
+    "report.html",
+    "report.json",
+    "run.json",
+    "sparse.onnx",
+    "sparse.safetensors",
+]
 
 
 def test_the_folder_holds_exactly_the_promised_files(short_run: Compression) -> None:
@@ -106,7 +116,7 @@ def test_weights_that_come_back_stop_the_run_before_anything_is_exported(tmp_pat
     class Loose:
         """A hold that has lost its hooks."""
 
-        def __init__(self, *args: object) -> None:
+        def __init__(self, *args: object, **options: object) -> None:
             pass
 
         def check(self) -> None:
@@ -118,7 +128,7 @@ def test_weights_that_come_back_stop_the_run_before_anything_is_exported(tmp_pat
     monkeypatch.setattr(loop, "Hold", Loose)
     with pytest.raises(VerificationError, match=r"masks held through training, seed 0: 8 layers, \d+ of the pruned weights are not \+0"):
         compress("demo", "digits", out=tmp_path / "run", epochs=1)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.txt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.txt", "run.json", "state"]
 
 
 @pytest.mark.parametrize(
@@ -179,18 +189,20 @@ def test_weights_that_are_sparse_or_broken_are_no_dense_network(short_run: Compr
 
 
 def test_a_run_in_the_folder_keeps_others_out_and_a_lone_log_does_not(tmp_path: Path) -> None:
-    from twofour.compress.folder import only_run_in, prepare
+    from twofour.compress.folder import clear, only_run_in, prepare
 
-    out = prepare(tmp_path / "run", overwrite=False)
+    out = tmp_path / "run"
+    assert prepare(out, {}) == "new"
     (out / "log.txt").write_text("a run that ended early")
-    assert prepare(out, overwrite=False) == out
+    assert prepare(out, {}) == "new"
     with only_run_in(out), pytest.raises(InputError, match="is being written by another run"), only_run_in(out):
         pass
     (out / "report.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds a run \(log.txt, report.json …\); name another --out or give --overwrite"):
-        prepare(out, overwrite=False)
-    with only_run_in(prepare(out, overwrite=True)):
-        assert not (out / "report.json").exists()
+        prepare(out, {})
+    assert prepare(out, {}, overwrite=True) == "new"
+    clear(out)
+    assert [p.name for p in out.iterdir()] == ["log.txt"]
 
 
 def test_checks_that_can_fail_are_in_the_report(short_run: Compression) -> None:

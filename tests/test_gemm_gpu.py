@@ -58,7 +58,7 @@ class Case:
         g = torch.Generator("cuda").manual_seed(seed)
         x = torch.randn(problem.tokens, problem.inputs, device="cuda", generator=g).to(DTYPE[problem.dtype])
         weight = torch.randn(problem.weight_rows, problem.inputs, device="cuda", generator=g) * 0.05
-        weight = (prune(weight, permute=False) if problem.sparse else weight).to(DTYPE[problem.dtype])
+        weight = (prune(weight) if problem.sparse else weight).to(DTYPE[problem.dtype])
         extra, e, out = {}, problem.epilogue, DTYPE[problem.out_dtype]
         if e.scale:
             extra["scale"] = torch.rand(problem.weight_rows, device="cuda", generator=g) + 0.5
@@ -194,7 +194,7 @@ def test_extreme_values_overflow_as_the_oracle() -> None:
     problem = Problem(64, 64, 64, dtype="fp16", out_dtype="fp16")
     case = Case.draw(problem)
     case.x.fill_(60000.0)
-    case.weight = prune(torch.ones(64, 64, device="cuda"), permute=False).half()
+    case.weight = prune(torch.ones(64, 64, device="cuda")).half()
     assert torch.isinf(case.run(tuned(problem, 256, 64))).all()
     case.x.fill_(6e-8)
     assert torch.allclose(case.run(tuned(problem, 256, 64)).double(), case.x.double() @ case.weight.double().T, rtol=1e-3, atol=6e-8)
@@ -329,4 +329,4 @@ def test_small_products_for_the_memory_checker() -> None:
 
 def test_pruning_here_is_the_projects() -> None:
     weight = torch.randn(16, 32)
-    assert (prune(weight, permute=False) != 0).numpy().tolist() == select(weight.numpy()).tolist()
+    assert (prune(weight) != 0).numpy().tolist() == select(weight.numpy()).tolist()

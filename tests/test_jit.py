@@ -1,14 +1,17 @@
 """The run-time compiler and its cache: in-memory headers, honest keys, entries that survive other processes, damage and bad folders."""
 
+import ctypes
+import gc
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from twofour.errors import InputError, UnsupportedError
-from twofour.jit import Cache, Source, compile_source, digest, flatten, strip_comments
+from twofour.jit import Cache, Source, compile_source, digest, driver, flatten, strip_comments
 from twofour.jit.cache import default_cache
 
 TINY = Source("tiny", 'extern "C" __global__ void tiny(float* x) { x[threadIdx.x] = 1.0f; }\n')
@@ -100,3 +103,34 @@ def test_without_a_driver_a_launch_says_so() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "has a GPU" in said or "run on the CPU backend" in said
+
+
+class Recorded:
+    """In place of `cuLaunchKernelEx`: reads what the driver would read."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.error = size, 0
+        self.seen: list[tuple[int, tuple[int, int, int], bytes]] = []
+
+    def cuLaunchKernelEx(self, config: Any, kernel: Any, arguments: Any, extra: None) -> int:
+        block = ctypes.string_at(arguments._obj[0], self.size)
+        self.seen.append((config._obj.stream, tuple(config._obj.grid), block))
+        return self.error
+
+
+def test_a_launcher_keeps_its_blocks_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorded(8)
+    monkeypatch.setattr(driver, "_library", lambda: library)
+    monkeypatch.setattr(driver, "KEPT_BLOCKS", 2)
+    launcher = driver.Launcher(1, 7, 128, 0)
+    built: list[int] = []
+
+    def build(value: int) -> bytes:
+        built.append(value)
+        return value.to_bytes(8, "little")
+
+    for value in (1, 2, 1, 2, 3, 1):
+        launcher.launch((value, 17), lambda value=value: build(value), 17)  # type: ignore[misc]
+        gc.collect()
+    assert built == [1, 2, 3, 1]
+    assert library.seen == [(17, (7, 1, 1), v.to_bytes(8, "little")) for v in (1, 2, 1, 2, 3, 1)]

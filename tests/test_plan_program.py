@@ -186,3 +186,10 @@ def test_a_description_that_claims_terabytes_allocates_none(file: Path) -> None:
 
     # The parser's own objects are a few times the text; nothing follows the sizes that the text names.
     assert peak_of_loading(changed(file, claim)) < 40 * size
+
+
+def test_inspecting_a_gpu_plan_says_where_to_look(file: Path) -> None:
+    import twofour
+
+    with pytest.raises(InputError, match="is for the backend 'cuda', whose weights are packed; inspect the model it was made from"):
+        twofour.inspect(file)

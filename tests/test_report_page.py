@@ -186,7 +186,7 @@ def test_text_with_digits_outside_numbers_is_the_records(shown: tuple[Report, st
     report, _, parsed = shown
     own = strings_in(report.model_dump()) | {"×".join(map(str, layer.shape)) for layer in report.layers}
     own |= {report.created.replace("T", " "), ", ".join(map(str, report.seeds))}
-    own |= {str(value) for _, value in page._flat(report.recipe)} | {name for name, _ in page._flat(report.recipe)}
+    own |= {str(value) for _, value in page.flat(report.recipe)} | {name for name, _ in page.flat(report.recipe)}
     pieces = {piece for text in own for piece in [text, *re.findall(r"[^./]*[./]|[^./]+", text)]}
     for text in parsed.words:
         rest = re.sub(FIXED_WORDS, "", text)
@@ -476,3 +476,72 @@ def test_signed_shows_the_sign_or_that_there_is_none(value: float, text: str) ->
 )
 def test_sizes_are_decimal(value: float, text: str) -> None:
     assert units.bytes_text(value) == text
+
+
+def comparison(tmp_path: Path, *reports: Report) -> str:
+    from twofour.report.compare import load_runs, write_comparison
+
+    folders = []
+    for index, report in enumerate(reports):
+        folder = tmp_path / f"run{index}" / "out"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(report.model_dump_json())
+        folders.append(folder)
+    write_comparison(load_runs(folders), tmp_path / "comparison.html")
+    return (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_holds_the_numbers_of_every_run_and_what_was_different(tmp_path: Path) -> None:
+    first = sample()
+    second = sample(many_layers(200), seeds=1).model_copy(update={"method": "wanda", "recipe": {**first.recipe, "epochs": 90}})
+    parsed = taken_apart(comparison(tmp_path, first, second))
+    outcome, differs, kept = parsed.tables
+    assert [row[0].split()[0] for row in outcome[1:]] == ["run0/outdemo", "run1/outdemo"]
+    for report in (first, second):
+        values = {value for value, _ in parsed.numbers}
+        sparse, control = report.accuracy_of("2:4"), report.accuracy_of("dense + same training")
+        assert {sparse.mean, report.accuracy_of("dense").mean, sparse.mean - control.mean} <= values
+        assert {layer.kept_magnitude for layer in report.layers if layer.kept_magnitude is not None} <= values
+    assert differs[1:] == [["seeds", "0, 1, 2", "0"], ["method", "magnitude", "wanda"], ["recipe.epochs", "12", "90"]]
+    assert len(kept) - 1 == sum(layer.kept_magnitude is not None for report in (first, second) for layer in report.layers)
+    assert "different numbers of seeds" in " ".join(parsed.words)
+    assert not [tag for tag, attributes in parsed.tags if attributes.get("src") or (attributes.get("href") or "#")[0] not in "#d"]
+
+
+def test_a_comparison_says_what_is_not_comparable_and_names_are_never_markup(tmp_path: Path) -> None:
+    first = sample()
+    other = sample(failing=True).model_copy(
+        update={
+            "data": "imagefolder:<b>x</b>",
+            "environment": first.environment.model_copy(update={"cpu": "<script>alert(1)</script>"}),
+            "accuracy": [],
+            "speed": [],
+            "sizes": [],
+        }
+    )
+    text = comparison(tmp_path, first, other)
+    words = " ".join(taken_apart(text).words)
+    assert "accuracies are not comparable" in words
+    assert "latencies are not comparable" in words
+    assert "<b>" not in text
+    assert text.count("<script>") == 1
+    same = comparison(tmp_path / "same", first, first.model_copy(update={"created": "later"}))
+    assert "Nothing that the reports record." in same
+
+
+def test_a_comparison_needs_two_runs_each_once(tmp_path: Path) -> None:
+    from twofour.report.compare import load_runs, write_comparison
+
+    (tmp_path / "report.json").write_text(sample().model_dump_json())
+    with pytest.raises(InputError, match="1 runs to compare, expected at least two"):
+        write_comparison(load_runs([tmp_path]), tmp_path / "c.html")
+    with pytest.raises(InputError, match="is given twice, expected each run once"):
+        load_runs([tmp_path, tmp_path / "report.json"])
+    with pytest.raises(InputError, match=r"report '.*none' does not exist"):
+        load_runs([tmp_path / "none"])
+
+
+def test_a_comparison_fits_a_phone(tmp_path: Path) -> None:
+    text = comparison(tmp_path, sample(), sample(many_layers(60)))
+    script = "const probe = () => document.documentElement.scrollWidth - innerWidth"
+    assert all(int(str(over)) <= 0 for over in browser.evaluate(text, script, (360, 1200), tmp_path).values())

@@ -142,6 +142,21 @@ def test_two_streams_of_one_thread_are_put_in_order() -> None:
     assert engine.gpu.log.count("wait on 8") == 1
 
 
+def test_a_callers_capture_is_not_crossed_by_a_wait() -> None:
+    engine, array = backend(), images(4)
+    x = OnFakeGpu(array)
+    engine.call([x], 7)
+    engine.gpu.begin_capture(9)
+    context = engine.context()
+    context.order(9)
+    context.mark(9)
+    engine.gpu.end_capture(9)
+    assert "wait on 9" not in engine.gpu.log
+    # After it, another stream still waits for the last call outside the capture.
+    engine.call([x], 8)
+    assert "wait on 8" in engine.gpu.log
+
+
 def test_threads_have_contexts_of_their_own_and_agree() -> None:
     engine, inputs = backend(), [images(n) for n in (1, 2, 4, 7)]
     wanted = [expected(x).astype(np.float32) for x in inputs]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from twofour.pruning import Pruning as Pruning
     from twofour.pruning import permute as permute
     from twofour.pruning import prune as prune
+    from twofour.pruning import prune_blocks as prune_blocks
     from twofour.pruning import prune_files as prune_files
+    from twofour.pruning import prune_within as prune_within
+    from twofour.pruning import sensitivity as sensitivity
     from twofour.report import measure as measure
     from twofour.runtime import Engine as Engine
     from twofour.runtime import load as load
@@ -46,7 +49,10 @@ _ROOM_OF = {
     "measure": "report",
     "permute": "pruning",
     "prune": "pruning",
+    "prune_blocks": "pruning",
     "prune_files": "pruning",
+    "prune_within": "pruning",
+    "sensitivity": "pruning",
     "train": "training",
 }
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from twofour.builder.gpu import TACTICS, build_gpu
+from twofour.builder.specs import spec_of
 from twofour.errors import InputError, UnsupportedError, nearest
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
-from twofour.plan import Plan, ValueSpec
+from twofour.plan import Plan
 from twofour.plan.record import DEVICES, PRECISIONS, SPARSITY
 from twofour.version import __version__
 
@@ -26,23 +27,6 @@ def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise InputError(f"build: {name} {value!r} is unknown, expected one of {list(known)}{nearest(value, known)}")
     return value
-
-
-def spec_of(value: ir.Value, where: str) -> ValueSpec:
-    """Return the spec of a graph input or output: a symbolic first axis is the batch."""
-    if value.dtype is None or value.shape is None:
-        raise InputError(f"build: {where} {value.name!r} has no type or shape; run ONNX shape inference on the model first")
-    shape: list[int | None] = []
-    for axis, size in enumerate(value.shape):
-        if isinstance(size, int):
-            shape.append(size)
-        elif axis == 0:
-            shape.append(None)
-        else:
-            raise UnsupportedError(
-                f"build: {where} {value.name!r} has the dynamic axis {axis} ({size}); only the batch (axis 0) may be dynamic"
-            )
-    return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))
 
 
 def refuse_unrunnable(data: bytes, path: Path) -> None:
@@ -73,16 +57,21 @@ def build(
     tactics: str = "all",
     timing_cache: str | Path | None = None,
     fallback: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Plan:
     """Return the plan that runs the ONNX file at `path` on `device`.
 
-    On the CPU the backend is ONNX Runtime in fp32; it has no sparse kernel, and the plan's `about` says so.
+    On the CPU the backend is ONNX Runtime in fp32; it has no sparse kernel, and the plan's `about` says so. On a GPU every layer is timed
+    in every way that can compute it, and the fastest is taken; `about["layers"]` holds the times and the reasons.
 
     Args:
-        batch: batch sizes to tune for; empty means any.
-        sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes a copy by magnitude (accuracy is gone).
-        tactics: on a GPU, `all` times the libraries too, `ours` only our kernels, so that the plan needs nothing but the driver.
-        timing_cache: on a GPU, the folder in which timings are kept. fallback: on a GPU, run operators that the engine lacks on the CPU.
+        batch: batch sizes to tune for; empty means any on the CPU, 1 on a GPU.
+        precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU.
+        sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
+        tactics: on a GPU, `all`, or `ours` for a plan that needs nothing but the driver.
+        timing_cache: a file of earlier choices on a GPU, extended.
+        fallback: run operators that the GPU engine lacks with ONNX Runtime.
+        progress: called with layers timed, layers, and the layer's name.
 
     Raises:
         InputError: no such file, no ONNX model, an unknown value. UnsupportedError: valid, but not on this device.
@@ -95,7 +84,17 @@ def build(
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
     if device == "cuda":
-        return build_gpu(path, batch or (1,), precision, sparsity, tactics, None if timing_cache is None else Path(timing_cache), fallback)
+        cache = None if timing_cache is None else Path(timing_cache)
+        return build_gpu(
+            path,
+            batches=batch or (1,),
+            precision=precision,
+            sparsity=sparsity,
+            tactics=tactics,
+            timing_cache=cache,
+            fallback=fallback,
+            progress=progress,
+        )
     for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
         if given:
             raise InputError(f"build: {name} is for device 'cuda', the device is {device!r}; leave it out")

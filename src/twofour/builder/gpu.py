@@ -1,17 +1,33 @@
-"""`build` for a GPU: the layers of every batch size and their memory, ready for the tactics to be timed."""
+"""`build` for an NVIDIA GPU: import, fuse, choose by time, assemble."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from twofour.builder.assemble import Assembler, forced
+from twofour.builder.gpus import GPUS, Gpu
+from twofour.builder.graph import Array
 from twofour.builder.lower import Front, Lowered
 from twofour.builder.memory import MemoryPlan, plan_memory
+from twofour.builder.record import BuildRecord, Timed, build_record
+from twofour.builder.specs import spec_of
+from twofour.builder.tactics.bench import Bench, upload
+from twofour.builder.tactics.choose import Chosen, choose_all
+from twofour.builder.tactics.ways import weight_for
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
-from twofour.jit.driver import capability
+from twofour.exchange.inspect import parse_onnx_file
+from twofour.jit.driver import bindings, capability, check, num_sms
+from twofour.kernels.launchable import Launchable, sources_digests
 from twofour.plan import Plan
+from twofour.version import __version__
 
 TACTICS = ("all", "ours")
 PRECISIONS = ("fp16", "bf16")
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +67,118 @@ def require_gpu(device: int = 0) -> tuple[int, int]:
 
 
 def build_gpu(
-    path: Path, batch: Sequence[int], precision: str, sparsity: str, tactics: str, timing_cache: Path | None, fallback: bool
+    path: Path,
+    *,
+    batches: Sequence[int],
+    precision: str,
+    sparsity: str,
+    tactics: str,
+    timing_cache: Path | None,
+    fallback: bool,
+    device: int = 0,
+    progress: Progress | None = None,
 ) -> Plan:
-    """Return the plan of an engine for this machine's GPU.
+    """Return the plan that runs the ONNX file on GPU `device`; see `build`.
 
     Raises:
-        InputError, UnsupportedError: as `prepare`; no GPU can be used here.
+        InputError, UnsupportedError, MissingExtraError: as `build`.
     """
-    prepared = prepare(path, batch, precision, fallback)
-    major, minor = require_gpu()
-    layers = sum(len(one.calls) for one in prepared.lowered)
-    raise UnsupportedError(
-        f"build: timing whole networks ({layers} layers, sparsity {sparsity!r}, tactics {tactics!r}, cache {str(timing_cache)!r}) is not "
-        f"part of this version, although a GPU of compute capability {major}.{minor} is here; use device cpu"
+    from twofour.timing.gpu import Stopwatch
+
+    ready = prepare(path, batches, precision, fallback)
+    require_gpu(device)
+    model = parse_onnx_file(path)
+    inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
+    outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    bench = Bench(Stopwatch(device), device)
+    machine = bench.watch.meter.machine()
+    assembler = Assembler(inputs, outputs, num_sms(device))
+    programs, records = [], []
+    needs: dict[str, str] = {}
+    for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
+        if sparsity == "force":
+            lowered = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        chosen = choose_all(
+            lowered.calls, sparsity=sparsity, tactics=tactics, cache=timing_cache, device=device, progress=progress, bench=bench
+        )
+        prepared = [bench.prepare(choice.way) for choice in chosen]
+        programs.append(assembler.program(lowered, memory, chosen, prepared, _made_on_gpu(lowered, chosen, prepared)))
+        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"])))
+        needs |= {choice.way.library: _version(choice.way.library, launch) for choice, launch in zip(chosen, prepared, strict=True)}
+        if any(call.family == "fallback" for call in lowered.calls):
+            needs["onnxruntime"] = _version("onnxruntime", None)
+    about: dict[str, Any] = {
+        "twofour": __version__,
+        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "machine": machine,
+        "tactics": tactics,
+        "sparse_kernels": any(layer.sparse for record in records for layer in record.layers),
+        "why_no_sparse_kernels": "no layer was faster with its zeros left out; the build report says so layer by layer",
+        "builds": [record.to_json() for record in records],
+    }
+    if sparsity == "force":
+        about["note"] = "weights were pruned by magnitude to see what 2:4 buys: the accuracy of this engine is gone"
+    needs.pop("twofour", None)
+    return Plan(
+        "cuda",
+        "cuda",
+        precision,
+        sparsity,
+        inputs,
+        outputs,
+        assembler.payload.tensors,
+        tuple(p.batch for p in programs),
+        about,
+        tuple(programs),
+        sources_digests(),
+        needs,
     )
+
+
+def _made_on_gpu(lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[Launchable]) -> list[Array | None]:
+    """What cuSPARSELt makes of its weights, copied back; None for the ways whose weights are made on the host."""
+    calls = [call for call in lowered.calls if call.family != "fallback"]
+    found: list[Array | None] = []
+    for call, choice, launch in zip(calls, chosen, prepared, strict=True):
+        if choice.way.library != "cusparselt":
+            found.append(None)
+            continue
+        library = launch.call  # type: ignore[attr-defined]
+        dense = upload(weight_for(call, choice.way))
+        compressed = library.compress(dense.pointer)
+        host = np.empty(library.compressed_bytes, np.uint8)
+        check(bindings().cuMemcpyDtoH(host.ctypes.data, compressed.pointer, host.nbytes), "copying from the GPU")
+        found.append(host)
+    return found
+
+
+def record_of(name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu) -> BuildRecord:
+    """Return the build report of one batch size."""
+    made = iter(chosen)
+    timed: list[Timed | None] = []
+    for call in lowered.calls:
+        if call.family == "fallback":
+            timed.append(None)
+            continue
+        choice = next(made)
+        timed.append(Timed(str(choice.way), choice.times_us, choice.left_out, choice.way.is_sparse))
+    return build_record(name, lowered, memory, timed, gpu)
+
+
+def _gpu_of(name: str) -> Gpu:
+    """The table's row whose name stands in the driver's name for a GPU; for one that it lacks the H100's, whose name then says so."""
+    found = [gpu for gpu in GPUS.values() if gpu.name.removeprefix("RTX ") in name]
+    return max(found, key=lambda gpu: len(gpu.name)) if found else replace(GPUS["H100"], name=f"{name} (peak rates of an H100)")
+
+
+def _version(library: str, launch: Any) -> str:
+    """The version that a plan names for a library."""
+    if library == "cudnn":
+        from twofour.kernels.cudnn import version
+
+        return version()
+    if library == "onnxruntime":
+        from importlib.metadata import version as installed
+
+        return installed("onnxruntime")
+    return str(getattr(getattr(launch, "call", None), "version", ""))

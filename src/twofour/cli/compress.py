@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,7 @@ from twofour.cli import options
 @options.recipe_option
 @click.option("--out", type=options.PATH, help="Output folder; by default runs/MODEL-DATA.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
+@options.resume_option
 @click.option("--epochs", type=click.IntRange(1), help="Replaces the recipe's number of epochs.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds; files come from the first.")
@@ -22,50 +24,38 @@ from twofour.cli import options
 @options.permute_option
 @options.include_option
 @options.exclude_option
-def command(
-    model: str,
-    data: str,
-    weights: Path | None,
-    recipe: str | None,
-    out: Path | None,
-    overwrite: bool,
-    epochs: int | None,
-    seed: int,
-    seeds: int,
-    method: str,
-    permute: bool,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> None:
+@options.device_option
+@options.workers_option
+@options.skip_bad_option
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one a line, instead of progress and table.")
+@click.option("--quiet", is_flag=True, help="Print the table only.")
+def command(model: str, data: str, out: Path | None, as_json: bool, quiet: bool, **asked: Any) -> None:
     """Dense network in; 2:4 network, engine and report out.
 
-    MODEL and --data are names (`demo`, `digits`). Trains the dense network unless --weights brings it, prunes it to 2:4, repeats the
-    training with the mask held, checks, exports, builds, measures and reports, dense beside sparse.
+    MODEL is demo, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or FILE.py:FUNCTION; --data is digits, imagefolder:DIR, cifar10:DIR or
+    FILE.py:FUNCTION. Trains the dense network unless --weights brings it, prunes it to 2:4, repeats the training with the mask held,
+    checks, exports, builds, measures and reports, dense beside sparse.
+
+    A run that was stopped (Ctrl-C, a killed process, a full disk) goes on with --resume from its last complete epoch.
     """
     from twofour.cli.console import make_console, say
-    from twofour.cli.progress import ProgressDisplay
+    from twofour.cli.progress import ProgressDisplay, print_events
     from twofour.compress import compress
+    from twofour.errors import InputError
     from twofour.report.terminal import print_summary
 
-    console = make_console()
+    if as_json and quiet:
+        raise InputError("compress: both --json and --quiet were given, expected one of them")
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"{model}-{data}")
+    request = {**asked, "out": folder, "command": options.command_line()}
+    if as_json:
+        print_events(lambda listener: compress(model, data, listener=listener, **request))
+        return
+    console = make_console()
+    if quiet:
+        print_summary(compress(model, data, **request).report, console)
+        return
     with ProgressDisplay(console) as listener:
-        done = compress(
-            model,
-            data,
-            out=folder,
-            weights=weights,
-            recipe=recipe,
-            epochs=epochs,
-            seed=seed,
-            seeds=seeds,
-            method=method,
-            permute=permute,
-            include=include,
-            exclude=exclude,
-            overwrite=overwrite,
-            command=options.command_line(),
-            listener=listener,
-        )
+        done = compress(model, data, listener=listener, **request)
     print_summary(done.report, console)
     say(console, f"Report: {done.out / 'report.html'}")

@@ -25,5 +25,5 @@ def command(model: str, data: str, weights: Path | None, out: Path) -> None:
     refuse_same(out, weights)
     task = resolve_task(data)
     module = resolve_model(model).make(task.num_classes)
-    load_weights(module, weights)
+    load_weights(module, weights, spec=model)
     click.echo(str(export(module, task.example_inputs(), out, pruning=Checkpoint.pruning_of(weights))))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from twofour.errors import TwofourError, nearest
+from twofour.errors import TwofourError, VerificationError, nearest
 from twofour.version import __version__
 
 # Sub-command -> its one-line help, so that listing them imports none of them.
@@ -21,9 +21,13 @@ COMMANDS = {
     "run": "Run a plan on inputs from a file.",
     "measure": "Latency, throughput and memory of plans and ONNX files, interleaved.",
     "inspect": "Which layers of a file are 2:4, which could be, which not and why.",
+    "report": "Make a run's report page again; compare several runs.",
     "models": "The models that MODEL may name.",
+    "completion": "The script that lets a shell complete names.",
     "doctor": "What is installed, which GPU, which backends work.",
 }
+# Sub-commands that keep what they have done when they are stopped.
+RESUMABLE = ("compress", "train")
 
 
 class Commands(click.Group):
@@ -72,7 +76,7 @@ def sentence_of(error: Exception) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check the user asked for failed, 2 wrong input, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong input or a run that cannot go on, 130 interrupted."""
     arguments = sys.argv[1:] if args is None else args
     logging.getLogger("twofour").addHandler(logging.NullHandler())
     try:
@@ -81,7 +85,8 @@ def main(args: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("twofour: interrupted", err=True)
+        resumable = bool(arguments) and arguments[0] in RESUMABLE
+        click.echo(f"twofour: interrupted{'; the same command with --resume goes on' if resumable else ''}", err=True)
         sys.exit(130)
     except click.ClickException as error:
         click.echo(f"twofour: {error.format_message()}", err=True)
@@ -90,4 +95,4 @@ def main(args: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         click.echo(f"twofour: {sentence_of(error)}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, VerificationError) else 2)

@@ -8,18 +8,33 @@ from typing import Any
 
 import click
 
+from twofour.cli import names
+
 PATH = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-model_argument: Decorator = click.argument("model")
-data_option: Decorator = click.option("--data", required=True, help="Data set by name.")
+model_argument: Decorator = click.argument("model", shell_complete=names.complete_model)
+data_option: Decorator = click.option("--data", required=True, help="Data set by name.", shell_complete=names.complete_data)
 weights_option: Decorator = click.option("--weights", type=PATH, help="Weights: safetensors, or a torch state dict.")
-recipe_option: Decorator = click.option("--recipe", help="Recipe: a shipped name or a TOML file; by default the one named like the data.")
+recipe_option: Decorator = click.option(
+    "--recipe", help="Recipe: a shipped name or a TOML file; by default the one named like the data.", shell_complete=names.complete_recipe
+)
+workers_option: Decorator = click.option(
+    "--workers", type=click.IntRange(0), help="Processes that load data; by default the data's own choice."
+)
+skip_bad_option: Decorator = click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and say how many.")
+device_option: Decorator = click.option("--device", default="cpu", show_default=True, help="Where to train: cpu, cuda or cuda:N.")
+resume_option: Decorator = click.option("--resume", is_flag=True, help="Go on where a run with the same arguments was stopped.")
 include_option: Decorator = click.option(
     "--include", multiple=True, metavar="GLOB", help="Prune these layers although the default leaves them."
 )
 exclude_option: Decorator = click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers dense.")
-method_option: Decorator = click.option("--method", default="magnitude", show_default=True, help="How to choose what is pruned.")
+method_option: Decorator = click.option(
+    "--method",
+    default="magnitude",
+    show_default=True,
+    help="How to choose what is pruned: magnitude, or by calibration data wanda, ria, sparsegpt-mask, sparsegpt, alps.",
+)
 permute_option: Decorator = click.option(
     "--permute/--no-permute", default=True, show_default=True, help="Reorder channels first where proven harmless."
 )

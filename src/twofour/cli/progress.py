@@ -1,21 +1,46 @@
-"""A run's events as live progress in the terminal; plain lines where there is none."""
+"""A run's events as live progress in the terminal; plain lines where there is none; JSON lines for programs."""
 
+import json
 import time
+from collections.abc import Callable
 from types import TracebackType
 
+import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from twofour.cli.console import say
-from twofour.compress.events import EpochFinished, Event, StageFinished, StageStarted
+from twofour.compress import Compression
+from twofour.compress.events import (
+    EpochFinished,
+    EpochsRestored,
+    Event,
+    Listener,
+    StageFinished,
+    StageStarted,
+    StepsDone,
+    to_json,
+)
+from twofour.errors import TwofourError
 
 # Where there is no terminal, a long training tells how it does this often.
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as people say it: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 class ProgressDisplay:
-    """Shows stages, epochs, loss, metric and time left."""
+    """Shows stages, epochs, loss, metric, items a second and time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -26,15 +51,14 @@ class ProgressDisplay:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
             transient=True,
             disable=not self._live,
         )
         self._task = self._progress.add_task("", total=None, status="")
-        self._steps, self._done, self._start, self._told = 0, 0, 0.0, 0.0
+        self._steps, self._done, self._restored, self._start, self._told = 0, 0, 0, 0.0, 0.0
+        self._epoch_text = ""
 
     def __enter__(self) -> "ProgressDisplay":
         self._progress.start()
@@ -46,19 +70,69 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, StageStarted):
-            self._steps, self._done, self._start, self._told = event.steps, 0, time.perf_counter(), time.perf_counter()
+            self._steps, self._done, self._restored, self._epoch_text = event.steps, 0, 0, ""
+            self._start = self._told = time.perf_counter()
             self._progress.reset(self._task, total=event.steps or None, description=event.stage, status="")
+        elif isinstance(event, EpochsRestored):
+            self._done += event.done
+            self._restored += event.done
+            self._progress.update(self._task, completed=self._done)
+            say(self._console, f"  seed {event.seed}, {event.variant}: {event.done} of {event.epochs} epochs were done before")
+        elif isinstance(event, StepsDone):
+            self._within(event)
         elif isinstance(event, EpochFinished):
-            self._done += 1
-            epoch = event.epoch
-            status = f"seed {event.seed}, {event.variant}: loss {epoch.loss:.3f}, {epoch.metric:.2f}"
-            self._progress.update(self._task, advance=1, status=status)
-            due = time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES
-            if not self._live and (epoch.number == event.epochs or due):
-                self._told = time.perf_counter()
-                left = (time.perf_counter() - self._start) / self._done * (self._steps - self._done)
-                say(self._console, f"  {status}, epoch {epoch.number} of {event.epochs}, about {left:.0f} s left")
+            self._finished(event)
         elif isinstance(event, StageFinished):
             self._progress.update(self._task, status="")
             line = Text.assemble(("✓", "green"), f" {event.stage} ", (f"{event.seconds:.1f} s", "dim"))
             self._console.print(line, soft_wrap=True)
+
+    def _left(self, done: float) -> str:
+        """Return the time left in the stage, from what this run has done of it."""
+        share = done - self._restored
+        if share <= 0:
+            return ""
+        return f", about {duration_text((time.perf_counter() - self._start) / share * (self._steps - done))} left"
+
+    def _within(self, event: StepsDone) -> None:
+        step = event.step
+        done = self._done + step.items / step.of_items
+        status = f"seed {event.seed}, {event.variant}: {self._epoch_text}{step.items_per_s:,.0f} items/s{self._left(done)}"
+        self._progress.update(self._task, completed=done, status=status)
+        if not self._live and time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.perf_counter()
+            say(self._console, f"  {status}, epoch {step.epoch} of {event.epochs}, {step.items:,} of {step.of_items:,} items")
+
+    def _finished(self, event: EpochFinished) -> None:
+        self._done += 1
+        epoch = event.epoch
+        self._epoch_text = f"loss {epoch.loss:.3f}, {epoch.metric:.2f}, "
+        status = f"seed {event.seed}, {event.variant}: loss {epoch.loss:.3f}, {epoch.metric:.2f}{self._left(self._done)}"
+        self._progress.update(self._task, completed=self._done, status=status)
+        due = time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES
+        if not self._live and (epoch.number == event.epochs or due):
+            self._told = time.perf_counter()
+            say(self._console, f"  {status}, epoch {epoch.number} of {event.epochs}")
+        if epoch.number == event.epochs:
+            self._epoch_text = ""
+
+
+def print_events(run: Callable[[Listener], Compression]) -> None:
+    """Run, and print each event as one line of JSON; the last line is `finished` with the outcome, or `failed` with the sentence."""
+
+    def line(value: dict[str, object]) -> None:
+        click.echo(json.dumps({"time": round(time.time(), 3), **value}))
+
+    try:
+        done = run(lambda event: line(to_json(event)))
+    except TwofourError as error:
+        line({"event": "failed", "message": str(error)})
+        raise
+    except KeyboardInterrupt:
+        line({"event": "failed", "message": "interrupted"})
+        raise
+    report = done.report
+    accuracy = {row.variant: row.values for row in report.accuracy}
+    failed = [check.name for check in report.checks if not check.passed]
+    outcome = {"out": str(done.out), "metric": report.metric, "accuracy": accuracy, "failed_checks": failed}
+    line({"event": "finished", **outcome})

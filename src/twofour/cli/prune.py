@@ -1,15 +1,17 @@
 """`twofour prune`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from twofour.cli import options
+from twofour.cli import names, options
+from twofour.cli.asked import Asked
 
 
 @click.command()
-@click.argument("what", metavar="MODEL|DIR")
-@click.option("--data", help="Data set by name, for MODEL.")
+@click.argument("what", metavar="MODEL|DIR", shell_complete=names.complete_model)
+@click.option("--data", help="Data set by name, for MODEL.", shell_complete=names.complete_data)
 @options.weights_option
 @click.option("--out", type=options.PATH, required=True, help="The pruned checkpoint (.safetensors), or for DIR a folder.")
 @options.method_option
@@ -17,17 +19,13 @@ from twofour.cli import options
 @click.option("--pattern", default="2:4", show_default=True, help="2:4, any N:M, or '2:4 transposable'.")
 @options.include_option
 @options.exclude_option
-def command(
-    what: str,
-    data: str | None,
-    weights: Path | None,
-    out: Path,
-    method: str,
-    permute: bool,
-    pattern: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> None:
+@click.option("--sensitivity", is_flag=True, help="Measure each layer pruned alone instead; --out gets the record (.json), .svg the plot.")
+@click.option("--by", type=click.Choice(["metric", "loss"]), default="metric", show_default=True, help="What --sensitivity measures.")
+@click.option("--keep-dense", type=click.Choice(["auto"]), help="Leave the costliest layers dense until --budget is met.")
+@click.option("--budget", type=click.FloatRange(0), help="How much of the metric may be lost, in its unit, for --keep-dense auto.")
+@click.option("--by-block", is_flag=True, help="Prune a transformer one block at a time, each on what the pruned ones before it give.")
+@click.option("--resume", type=options.PATH, help="Folder that keeps finished blocks, for --by-block.")
+def command(what: str, data: str | None, weights: Path | None, out: Path, **how: Any) -> None:
     """Prune weights to 2:4; no retraining.
 
     MODEL is a name; its --weights are pruned, batch-norm statistics are re-estimated on --data, and the accuracy is told before and
@@ -38,17 +36,26 @@ def command(
     from twofour.files import refuse_same, require_suffix
     from twofour.sources.models import is_model_spec
 
+    asked = Asked(**how)
+    asked.refuse_contradictions()
     if not is_model_spec(what):
         if data is not None or weights is not None:
             raise InputError(f"prune: {what!r} names files, expected a model for --data and --weights; leave them out")
+        if asked.sensitivity or asked.keep_dense or asked.by_block:
+            raise InputError("prune: --sensitivity, --keep-dense and --by-block run the network, expected MODEL with --data and --weights")
         if out.suffix == ".safetensors":
             raise InputError(f"prune: --out {str(out)!r} is made a folder, expected a folder's name")
         refuse_same(out, what)
-        _prune_files(Path(what), out, method, pattern, include, exclude)
-    else:
-        require_suffix(out, ".safetensors", "prune: --out")
-        refuse_same(out, weights)
-        _prune_model(what, data, weights, out, method, permute, pattern, include, exclude)
+        _prune_files(Path(what), out, asked.method, asked.pattern, asked.include, asked.exclude)
+        return
+    require_suffix(out, ".json" if asked.sensitivity else ".safetensors", "prune: --out")
+    refuse_same(out, weights)
+    if data is None or weights is None:
+        missing = "data given, expected --data NAME" if data is None else "weights given, expected --weights FILE with the dense network"
+        raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {what!r}")
+    from twofour.cli.prune_model import run
+
+    run(what, data, weights, out, asked)
 
 
 def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
@@ -72,42 +79,3 @@ def _prune_files(source: Path, out: Path, method: str, pattern: str, include: tu
         record = prune_files(source, out, pattern=pattern, include=include, exclude=exclude, progress=show)
     print_pruning(record, console)
     say(console, f"{record}\n{out}")
-
-
-def _prune_model(
-    name: str,
-    data: str | None,
-    weights: Path | None,
-    out: Path,
-    method: str,
-    permute: bool,
-    pattern: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> None:
-    from twofour.cli.console import make_console, say
-    from twofour.cli.tables import print_pruning
-    from twofour.errors import InputError
-    from twofour.pruning import prune, reestimate_batchnorm
-    from twofour.pruning.calibration import tracked_norms
-    from twofour.sources import load_weights, resolve_model, resolve_task
-    from twofour.training import Checkpoint, calibration_batches, evaluate
-
-    if data is None or weights is None:
-        missing = "data given, expected --data NAME" if data is None else "weights given, expected --weights FILE with the dense network"
-        raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {name!r}")
-    task = resolve_task(data)
-    module = resolve_model(name).make(task.num_classes)
-    load_weights(module, weights)
-    told = [f"dense {evaluate(module, task):.2f}"]
-    record = prune(module, task.example_inputs(), method=method, permute=permute, pattern=pattern, include=include, exclude=exclude)
-    metric = evaluate(module, task)
-    told.append(f"one-shot {record.pattern} {metric:.2f}")
-    if tracked_norms(module):
-        reestimate_batchnorm(module, calibration_batches(task))
-        metric = evaluate(module, task)
-        told.append(f"with batch-norm re-estimated {metric:.2f}")
-    Checkpoint.of(module, task.metric.name, metric, model=name, data=data, pruning=record).save(out)
-    console = make_console()
-    print_pruning(record, console)
-    say(console, f"{record}\n{task.metric.name}: {', '.join(told)}\n{out}")

@@ -10,7 +10,7 @@ from twofour.builder.estimate import H200_ERROR
 from twofour.builder.record import why_winner
 from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
-from twofour.pruning import Pruning
+from twofour.pruning import Pruning, Sensitivity
 from twofour.report import Measurement, units
 
 
@@ -21,6 +21,16 @@ def print_pruning(record: Pruning, console: Console) -> None:
         kept = "" if layer.kept_magnitude is None else f"{100 * layer.kept_magnitude:.1f} %"
         shape = "×".join(map(str, layer.shape))
         add_row(table, layer.name, layer.kind, shape, "yes" if layer.eligible else "no", kept, layer.reason)
+    console.print(table)
+
+
+def print_sensitivity(measured: Sensitivity, console: Console) -> None:
+    """Print a sensitivity, a row a layer, the one that costs most first."""
+    total = sum(layer.flops or 0 for layer in measured.layers) or 1
+    table = make_table("layer", "shape", "share of FLOPs", measured.metric, "lost")
+    for layer in measured.ranked:
+        share = "" if layer.flops is None else f"{100 * layer.flops / total:.1f} %"
+        add_row(table, layer.name, "×".join(map(str, layer.shape)), share, f"{layer.value:.4g}", f"{layer.lost:+.4g}")
     console.print(table)
 
 

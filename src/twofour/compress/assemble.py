@@ -47,6 +47,7 @@ class Findings:
     sizes: dict[str, list[Path]]
     profiles: dict[str, list[tuple[str, str, float]]]
     agreement: list[Agreement]
+    notes: Sequence[str]
     stage_seconds: dict[str, float]
 
 
@@ -135,6 +136,6 @@ def make_report(found: Findings) -> Report:
         ],
         profile=profile_rows(found.profiles),
         agreement=found.agreement,
-        notes=list(found.pruning.notes),
+        notes=[*found.notes, *found.pruning.notes],
         stage_seconds=found.stage_seconds,
     )

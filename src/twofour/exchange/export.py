@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
 from twofour.pruning.capture import in_eval_mode
 from twofour.pruning.record import PRUNING_KEY
+
+_OPERATION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,54 @@ def compare(path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[f
     return worst, tolerance
 
 
+def _two_or_more(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A batch of one would be specialised to a constant."""
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in example_inputs)
+
+
+def captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Return the ONNX program of `model` with a dynamic batch, not yet checked.
+
+    Raises:
+        UnsupportedError: torch cannot export the model; names the operation, where the exporter does.
+    """
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    try:
+        with in_eval_mode(model), torch.no_grad(), _quiet():
+            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    except Exception as error:
+        raise UnsupportedError(f"export: torch.onnx cannot export this model: {_cause(error)}") from error
+    assert program is not None
+    return program
+
+
+def _cause(error: BaseException) -> str:
+    """Return the operation that an exporter's error names, else the first line of its innermost cause.
+
+    The exporter raises dozens of kinds, wraps each in advice of its own, and colours it.
+    """
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    for link in reversed(chain):
+        if found := _OPERATION.search(str(link)):
+            return f"it has no ONNX translation of the operation {found[1]}; replace that operation in the model"
+    texts = [_COLOUR.sub("", str(link)) for link in reversed(chain)]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def refuse_unexportable(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
+    """Do nothing if `model` can be written as ONNX, whatever its weights.
+
+    Raises:
+        UnsupportedError: as `export`.
+    """
+    captured(model, _two_or_more(example_inputs))
+
+
 def export(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
@@ -127,17 +179,8 @@ def export(
     require_suffix(path, ".onnx", "export: path")
     if not path.parent.is_dir():
         raise InputError(f"export: folder {str(path.parent)!r} does not exist; make it first")
-    batch = torch.export.Dim.DYNAMIC
-    # A batch of one would be specialised to a constant.
-    inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in example_inputs)
-    try:
-        with in_eval_mode(model), torch.no_grad(), _quiet():
-            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False)
-    except Exception as error:
-        # The exporter raises dozens of kinds; its first line names the operation.
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnsupportedError(f"export: torch.onnx cannot export this model: {first_line.strip()}") from error
-    assert program is not None
+    inputs = _two_or_more(example_inputs)
+    program = captured(model, inputs)
     if pruning is not None:
         program.model.metadata_props[PRUNING_KEY] = pruning.to_json()
     program.model.producer_name = "twofour"

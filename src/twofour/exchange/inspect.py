@@ -175,6 +175,10 @@ def inspect(path: str | Path) -> Inspection:
         plan = Plan.load(path)
     except PlanFormatError as error:
         raise InputError(f"inspect: {str(path)!r} is no .onnx, no .safetensors and no plan ({error})") from error
+    if plan.backend != "onnxruntime":
+        raise InputError(
+            f"plan {str(path)!r} is for the backend {plan.backend!r}, whose weights are packed; inspect the model it was made from"
+        )
     return inspect_model(parse_onnx(np.ascontiguousarray(plan.payload["onnx"]).tobytes(), str(path)), str(path), "plan")
 
 

@@ -5,12 +5,13 @@ Setup goes through cuda.bindings; the launch itself through ctypes, because it i
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
 
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 
+KEPT_BLOCKS = 4096  # parameter blocks a kernel remembers, half a kilobyte each
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -148,33 +149,44 @@ def encode_rows(pointer: int, rows: int, columns: int, box_rows: int, box_column
 
 
 class Launcher:
-    """One kernel with its grid and one parameter block by value; `launch` is safe from several threads."""
+    """One kernel with its grid; each parameter block is built once and launched as often as it comes again. Safe from several threads.
 
-    def __init__(self, kernel: int, grid: int, threads: int, shared_bytes: int, params: bytes, *, overlap: bool = False) -> None:
+    A network's layers see the same few addresses again and again, and looking up a finished block costs less than writing one.
+    """
+
+    def __init__(self, kernel: int, grid: int, threads: int, shared_bytes: int, *, overlap: bool = False) -> None:
         """Prepare; with `overlap` a launch may start while the kernel before it in the stream drains (programmatic dependent launch)."""
-        self._lock = threading.Lock()
-        self.params = ctypes.create_string_buffer(params, len(params))
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self._kernel = ctypes.c_void_p(kernel)
+        self._geometry = (grid, 1, 1), (threads, 1, 1), shared_bytes
         self._attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0)
         self._attribute.value[0] = 1
-        self._config = _LaunchConfig(
-            (grid, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), 1 if overlap else 0
-        )
+        self._num_attributes = 1 if overlap else 0
         self._call = _library().cuLaunchKernelEx
-        self._fixed = (ctypes.byref(self._config), ctypes.c_void_p(kernel), ctypes.byref(self._arguments), None)
+        self._blocks: dict[Hashable, tuple[Any, ...]] = {}
+        self._adding = threading.Lock()
 
-    def launch(self, write: Any, values: tuple[Any, ...], stream: int) -> None:
-        """Write `values` into the front of the parameter block with `write(buffer, 0, *values)` and launch on `stream`.
+    def launch(self, key: Hashable, build: Callable[[], bytes], stream: int) -> None:
+        """Launch on `stream` with the parameter block of `key`, which `build` makes when it is not remembered; `key` holds the stream.
 
         Raises:
             UnsupportedError: the driver refused the launch.
         """
-        with self._lock:
-            write(self.params, 0, *values)
-            self._config.stream = stream
-            error = self._call(*self._fixed)
+        error = self._call(*(self._blocks.get(key) or self._add(key, build(), stream)))
         if error:
             check((bindings().CUresult(error),), "launching the kernel")
+
+    def _add(self, key: Hashable, params: bytes, stream: int) -> tuple[Any, ...]:
+        buffer = ctypes.create_string_buffer(params, len(params))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        config = _LaunchConfig(*self._geometry, stream, ctypes.pointer(self._attribute), self._num_attributes)
+        # A reference made by byref keeps its object alive; the array of addresses does not keep the buffer.
+        arguments.buffer = buffer  # type: ignore[attr-defined]
+        block = (ctypes.byref(config), self._kernel, ctypes.byref(arguments), None)
+        with self._adding:
+            while len(self._blocks) >= KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[key] = block
+        return block
 
 
 class Buffer:

@@ -47,7 +47,7 @@ class Handle:
         Raises:
             MissingExtraError: it is not installed. UnsupportedError: it cannot open the GPU.
         """
-        self.module = library()
+        self.module, self.device = library(), device
         driver.use_device(device)
         self.lock = threading.Lock()
         self._stream = -1
@@ -97,16 +97,22 @@ class Graph:
 
     def _list(self) -> None:
         module = self._handle.module
-        graph = self._new()
-        try:
-            self._describe(graph, module)
-            graph.validate()
-            graph.build_operation_graph()
-            graph.create_execution_plans([module.heur_mode.A, module.heur_mode.FALLBACK])
-            graph.check_support()
-        except (RuntimeError, ValueError, module.cudnnGraphNotSupportedError) as e:
-            raise UnsupportedError(f"cuDNN {version()} cannot compute {self._what} ({_first(e)}); use another tactic") from e
-        self._graph = graph
+        modes, reason = module.heur_mode, ""
+        # Fused graphs may have no fallback engines, and then asking for them is an error.
+        for wanted in ([modes.A, modes.FALLBACK], [modes.A]):
+            graph = self._new()
+            try:
+                self._describe(graph, module)
+                graph.validate()
+                graph.build_operation_graph()
+                graph.create_execution_plans(wanted)
+                graph.check_support()
+            except (RuntimeError, ValueError, module.cudnnGraphNotSupportedError) as e:
+                reason = _first(e)
+                continue
+            self._graph = graph
+            return
+        raise UnsupportedError(f"cuDNN {version()} cannot compute {self._what} ({reason}); use another tactic")
 
     def num_plans(self) -> int:
         """Return how many plans the library lists."""

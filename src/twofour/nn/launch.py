@@ -1,12 +1,15 @@
 """From a PyTorch tensor to a launched kernel with as little work a call as possible.
 
-What a product needs besides addresses is prepared once per size, dtype and GPU and remembered. A call then allocates the output, looks up
-the preparation and launches on the current stream.
+What a product needs besides addresses is prepared once per shape, dtype and GPU and remembered. A call then looks up the preparation,
+allocates the output and launches on the current stream.
 """
 
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,10 +22,28 @@ from twofour.kernels.gemm.launch import Gemm
 from twofour.nn.packing import NAME_OF
 
 logger = logging.getLogger(__name__)
-MOST_PREPARED = 4096  # sizes remembered; the one prepared first goes first
+MOST_PREPARED = 4096  # shapes remembered; the one prepared first goes first
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A product of one shape, ready to launch.
+
+    Attributes:
+        enqueue: `Gemm.enqueue` of its size. workspace_bytes: what a launch needs.
+        like: one element seen in the output's shape; allocating like it is the cheapest allocation there is.
+    """
+
+    enqueue: Callable[..., None]
+    workspace_bytes: int
+    like: Tensor
+    device: int
+
 
 Key = tuple[int, int, int, torch.dtype, bool, int]
-_prepared: OrderedDict[Key, tuple[Gemm, int]] = OrderedDict()
+Shape = tuple[torch.Size, int, int, torch.dtype, bool, int]
+_prepared: OrderedDict[Key, Gemm] = OrderedDict()
+_ready: OrderedDict[Shape, Ready] = OrderedDict()
 _configs: dict[tuple[Problem, int], Config] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _lock = threading.Lock()
@@ -62,10 +83,11 @@ def use_config(problem: Problem, device: int, config: Config) -> None:
     with _lock:
         _configs[problem, device] = config
         _prepared.clear()
+        _ready.clear()
 
 
-def prepare(key: Key) -> tuple[Gemm, int]:
-    """Return the launch of a size and the bytes of workspace it needs, compiling the kernel on first use.
+def prepare(key: Key) -> Gemm:
+    """Return the launch of a size, compiling the kernel on first use.
 
     Raises:
         MissingExtraError: cuda.bindings or NVRTC is missing. UnsupportedError: no driver.
@@ -73,12 +95,31 @@ def prepare(key: Key) -> tuple[Gemm, int]:
     tokens, rows, inputs, dtype, has_bias, device = key
     problem = problem_of(tokens, rows, inputs, dtype, has_bias)
     gemm = Gemm(problem, _configs.get((problem, device)), device=device)
-    found = gemm, gemm.workspace_bytes
     with _lock:
-        _prepared[key] = found
+        _prepared[key] = gemm
         while len(_prepared) > MOST_PREPARED:
             _prepared.popitem(last=False)
+    return gemm
+
+
+def make_ready(x: Tensor, rows: int, inputs: int, has_bias: bool) -> Ready:
+    """Return and remember what launches a product of x's shape; `rows` and `inputs` are multiples of eight, x is not empty."""
+    device, tokens = x.get_device(), x.numel() // inputs
+    key = (tokens, rows, inputs, x.dtype, has_bias, device)
+    gemm = _prepared.get(key) or prepare(key)
+    with torch.inference_mode(False):
+        like = torch.empty(1, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], rows)
+    found = Ready(gemm.enqueue, gemm.workspace_bytes, like, device)
+    with _lock:
+        _ready[x.shape, rows, inputs, x.dtype, not has_bias, device] = found
+        while len(_ready) > MOST_PREPARED:
+            _ready.popitem(last=False)
     return found
+
+
+def find_ready(x: Tensor, bias: Tensor | None, rows: int, inputs: int) -> Ready | None:
+    """Return what was remembered for a product of x's shape, dtype and GPU, or None."""
+    return _ready.get((x.shape, rows, inputs, x.dtype, bias is None, x.get_device()))
 
 
 def place(device: int) -> torch.device:
@@ -111,35 +152,48 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, inputs: in
     Raises:
         MissingExtraError: cuda.bindings or NVRTC is missing. UnsupportedError: no driver, or the launch was refused.
     """
+    found = find_ready(x, bias, rows, inputs)
+    if found is not None:
+        return run(found, x, packed, bias)
     device = x.get_device()
+    with torch.cuda.device(device) if device != torch.cuda.current_device() else nullcontext():
+        if rows % 8 or inputs % 8 or x.numel() == 0:
+            return _uneven(x, packed, bias, rows, inputs)
+        return run(make_ready(x, rows, inputs, bias is not None), x, packed, bias)
+
+
+def run(found: Ready, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the product that `found` was made for; x has its shape, dtype and GPU, and weight and bias are on that GPU too.
+
+    Raises:
+        UnsupportedError: the launch was refused.
+    """
+    device = found.device
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return linear(x, packed, bias, rows, inputs)
+            return run(found, x, packed, bias)
     if not hasattr(_thread, "ready"):
         # A thread in which the runtime has not been used yet has no context for the driver call.
         driver.use_device(device)
         _thread.ready = True
-    tokens = x.numel() // inputs
-    if rows % 8 or inputs % 8 or tokens == 0:
-        return _uneven(x, packed, bias, rows, inputs)
     if not x.is_contiguous():
         x = x.contiguous()
     address = x.data_ptr()
     if address & 15:
         x = x.clone()
         address = x.data_ptr()
-    key = (tokens, rows, inputs, x.dtype, bias is not None, device)
-    gemm, size = _prepared.get(key) or prepare(key)
-    y = x.new_empty((*x.shape[:-1], rows))
+    y = torch.empty_like(found.like)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    held = workspace(size, device, stream) if size else None
-    gemm(
+    held = workspace(found.workspace_bytes, device, stream) if found.workspace_bytes else None
+    found.enqueue(
         address,
         packed.data_ptr(),
         y.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        workspace=0 if held is None else held.data_ptr(),
-        stream=stream,
+        0,
+        0 if bias is None else bias.data_ptr(),
+        0,
+        0 if held is None else held.data_ptr(),
+        stream,
     )
     return y
 

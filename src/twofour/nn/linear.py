@@ -15,6 +15,8 @@ from twofour.nn.packing import NAME_OF, Repacker, check_24, check_dtype, convert
 FORMAT = 1
 _CODES = {torch.bfloat16: 0, torch.float16: 1}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+# Asked once: torch.compile cannot trace the question before PyTorch 2.12.
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
 def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
@@ -25,7 +27,7 @@ def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     """
     kind = x.device.type
     castable = x.is_floating_point() and x.dtype != torch.float64
-    if castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if castable and kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return x.to(dtype)
     raise InputError(f"{layer}: x is {x.dtype}, expected {dtype} like the weight; cast it or run under torch.autocast")
 
@@ -98,8 +100,12 @@ class Linear24(nn.Module):
         buffers = self._buffers
         packed, bias = buffers["packed"], buffers["bias"]
         assert packed is not None
-        if is_plain_call(x) and x.shape[-1:] == (self.in_features,) and packed.device == x.device and launch.runs_on(x.device):
-            return launch.linear(x, packed, bias, self.out_features, self.in_features)
+        if is_plain_call(x):
+            ready = launch.find_ready(x, bias, self.out_features, self.in_features)
+            if ready is not None and packed.get_device() == ready.device:
+                return launch.run(ready, x, packed, bias)
+            if x.shape[-1:] == (self.in_features,) and packed.device == x.device and launch.runs_on(x.device):
+                return launch.linear(x, packed, bias, self.out_features, self.in_features)
         if forward_ad._current_level >= 0:
             return self._with_tangent(x)
         y: Tensor = torch.ops.twofour.linear24(x, packed, bias, self.out_features, self.in_features, self.dtype)

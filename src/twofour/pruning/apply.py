@@ -1,25 +1,26 @@
 """`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from twofour.errors import InputError, nearest
+from twofour.errors import InputError
 from twofour.pattern import Pattern
-from twofour.pruning.calibration import reestimate_batchnorm, tracked_norms
+from twofour.pruning.calibration import reestimate_batchnorm, reusable, tracked_norms
 from twofour.pruning.capture import execute
+from twofour.pruning.decide import Calibration, Report, decide, permutation_scores, require_calibration
 from twofour.pruning.eligibility import examine
-from twofour.pruning.magnitude import pattern_mask
+from twofour.pruning.methods import METHODS, Choice
+from twofour.pruning.methods.method import Method, find_method
 from twofour.pruning.permutation import Permutation, carried, undo
 from twofour.pruning.permutation import permute as permute_channels
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero, is_sharded
-
-METHODS: dict[str, Callable[[Tensor, Pattern], Tensor]] = {"magnitude": pattern_mask}
 
 
 def prune(
@@ -32,6 +33,8 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
+    reestimate: bool = True,
+    progress: Report | None = None,
 ) -> Pruning:
     """Prune the eligible weights of `model` in place and return the record.
 
@@ -39,47 +42,112 @@ def prune(
 
     Args:
         example_inputs: positional arguments for one call of the model, first axis the batch.
+        method: "magnitude", or one that looks at calibration data: "wanda", "ria", "sparsegpt-mask", "sparsegpt" and "alps" (the last
+            two change kept values too). `docs/methods.md` compares them.
         permute: reorder channels first where that is proven harmless (see `permute`); a number is the search's budget in seconds. Only
-            for the pattern 2:4.
+            for the pattern 2:4. With "wanda" and "ria" the search keeps the most of their score instead of magnitude.
         pattern: "2:4", any "N:M", or "2:4 transposable". Only 2:4 patterns run on Sparse Tensor Cores.
         include: globs of layers to prune although the default leaves them dense (first convolution, classifier).
         exclude: globs of layers to leave dense.
-        calibration: batches to re-estimate batch-norm statistics on after pruning, no labels used (see `reestimate_batchnorm`); a tuple
-            or list gives its first `len(example_inputs)` items to the model. None leaves the statistics of the dense network.
+        calibration: batches for the method, and to re-estimate batch-norm statistics on after pruning, no labels used (see
+            `reestimate_batchnorm`); a tuple or list gives its first `len(example_inputs)` items to the model. A method that looks at
+            data goes through them several times: an iterator is turned into a list.
+        reestimate: False leaves the batch-norm statistics of the dense network although calibration is given.
+        progress: called with what is done (a batch or a layer), how many, and of how many if known.
 
     Raises:
         InputError: unknown method or pattern, a glob that matches nothing, no eligible layer, a weight with NaN or infinity, a model on
-            the meta device or sharded over processes, unusable calibration.
+            the meta device or sharded over processes; calibration that is missing, does not fit the model, holds NaN, never reaches a
+            layer, reaches it with too few rows or does not fit in memory.
     """
-    if method not in METHODS:
-        raise InputError(f"pruning method {method!r} is unknown, expected one of {sorted(METHODS)}{nearest(method, METHODS)}")
-    pattern = Pattern.parse(pattern)
+    ready = prepare(model, example_inputs, method, permute, pattern, include, exclude, calibration, progress)
+    with undone_on_failure(model, ready):
+        choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
+        record = recorded(model, ready, method, choices)
+        statistics = ready.calibration.batches if ready.calibration is not None and reestimate else None
+        write(model, choices, statistics, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
+    return replace(record, notes=tuple(ready.notes))
+
+
+@dataclass
+class Prepared:
+    """A model checked and, if asked for, reordered: what is to be chosen, and how.
+
+    Attributes:
+        records: one a weight, pruned or dense with the reason.
+        notes: grows while work goes on.
+        permutation, earlier: the reordering just made, and the one that the model carried before.
+    """
+
+    method: Method
+    pattern: Pattern
+    records: list[LayerRecord]
+    notes: list[str]
+    calibration: Calibration | None
+    permutation: Permutation | None = None
+    earlier: Permutation | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The weights to prune."""
+        return [record.name for record in self.records if record.eligible]
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    method: str,
+    permute: bool | float,
+    pattern: str | Pattern,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    calibration: Iterable[Any] | None,
+    progress: Report | None = None,
+) -> Prepared:
+    """Check all that can be checked, and reorder the channels. Arguments and errors as of `prune`."""
+    how = find_method(method, METHODS)
+    require_calibration(method, how, calibration)
+    parsed = Pattern.parse(pattern)
     parameters = dict(model.named_parameters())
-    records, notes = survey(model, example_inputs, pattern=pattern, include=include, exclude=exclude)
-    for record in records:
-        if record.eligible and not is_finite(parameters[record.name].detach()):
-            raise InputError(f"weight {record.name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
-    permutation, earlier = None, carried(model)
-    if permute is not False and str(pattern) == "2:4":
-        targets = {record.name: 1 for record in records if record.eligible}
-        permutation = permute_channels(model, example_inputs, targets=targets, seconds=None if permute is True else float(permute))
-        notes += [f"permutation: {note}" for note in (permutation.reason, *permutation.notes) if note]
+    records, notes = survey(model, example_inputs, pattern=parsed, include=include, exclude=exclude)
+    given = None if calibration is None else Calibration(reusable(calibration), example_inputs)
+    ready = Prepared(how, parsed, records, notes, given, earlier=carried(model))
+    for name in ready.names:
+        if not is_finite(parameters[name].detach()):
+            raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
+    if permute is not False and str(parsed) == "2:4":
+        scores = permutation_scores(model, ready.names, how, given, progress)
+        seconds = None if permute is True else float(permute)
+        targets = dict.fromkeys(ready.names, 1)
+        ready.permutation = permute_channels(model, example_inputs, targets=targets, scores=scores, seconds=seconds)
+        notes += [f"permutation: {note}" for note in (ready.permutation.reason, *ready.permutation.notes) if note]
+    return ready
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, ready: Prepared) -> Iterator[None]:
+    """Run the body; if it fails, put every channel back where it was."""
     try:
-        masks: dict[str, Tensor] = {}
-        layers = []
-        for record in records:
-            if record.eligible:
-                weight = parameters[record.name].detach()
-                mask = METHODS[method](weight, pattern)
-                record = replace(record, kept_magnitude=kept_magnitude(weight, mask), permuted=told(permutation, record.name))
-                masks[record.name] = mask
-            layers.append(record)
-        _write(model, parameters, masks, calibration, len(example_inputs), notes)
+        yield
     except BaseException:
-        if permutation is not None:
-            undo(model, permutation, earlier)
+        if ready.permutation is not None:
+            undo(model, ready.permutation, ready.earlier)
         raise
-    return Pruning(method, tuple(layers), masks, tuple(notes), str(pattern))
+
+
+def recorded(model: nn.Module, ready: Prepared, method: str, choices: Mapping[str, Choice]) -> Pruning:
+    """Return the record of the choices, before they are written."""
+    parameters = dict(model.named_parameters())
+    layers = [_decided(r, choices.get(r.name), parameters[r.name], ready.permutation) for r in ready.records]
+    ready.notes += [f"{name}: {note}" for name, choice in choices.items() for note in choice.notes]
+    return Pruning(method, tuple(layers), {name: choice.mask for name, choice in choices.items()}, pattern=str(ready.pattern))
+
+
+def _decided(record: LayerRecord, choice: Choice | None, weight: Tensor, permutation: Permutation | None) -> LayerRecord:
+    if choice is None:
+        return record
+    kept = kept_magnitude(weight.detach(), choice.mask)
+    return replace(record, kept_magnitude=kept, permuted=told(permutation, record.name), output_error=choice.output_error)
 
 
 def told(permutation: Permutation | None, name: str) -> str:
@@ -153,22 +221,33 @@ def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
     return float(magnitude.mul_(mask).sum(dtype=torch.float64)) / total if total else 1.0
 
 
-def _write(
+def write(
     model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    masks: dict[str, Tensor],
+    choices: Mapping[str, Choice],
     calibration: Iterable[Any] | None,
     num_inputs: int,
     notes: list[str],
+    *,
+    used: bool = False,
 ) -> None:
-    """Set the dropped weights to zero and re-estimate; put the weights back if that fails."""
+    """Write new values, set the dropped ones to +0 and re-estimate; put the weights back if that fails.
+
+    Args:
+        calibration: batches to re-estimate batch-norm on, None for none.
+        notes: gets what was re-estimated, or why not.
+        used: whether the calibration data served the method, so that nothing is lost where there is no batch-norm.
+    """
     if calibration is not None and not tracked_norms(model):
-        notes.append("calibration was not used: the model has no batch-norm with running statistics")
+        if not used:
+            notes.append("calibration was not used: the model has no batch-norm with running statistics")
         calibration = None
-    before = {name: parameters[name].detach().clone() for name in masks} if calibration is not None else {}
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in choices} if calibration is not None else {}
     with torch.no_grad():
-        for name, mask in masks.items():
-            fill_zero(parameters[name], ~mask)
+        for name, choice in choices.items():
+            if choice.weight is not None:
+                parameters[name].copy_(choice.weight)
+            fill_zero(parameters[name], ~choice.mask)
     if calibration is None:
         return
     try:

@@ -5,14 +5,15 @@ Pruning changes the mean and variance of every activation; the running statistic
 Source: Hubara et al. 2021, "Accurate Post Training Quantization With Small Calibration Sets" (batch-norm tuning), arXiv 2006.10518.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twofour.errors import InputError
+from twofour.errors import InputError, TwofourError
 from twofour.pruning.capture import in_eval_mode
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -39,6 +40,88 @@ def call(model: nn.Module, batch: Any, num_inputs: int, device: torch.device) ->
         model(moved(batch, device))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def reusable(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return something that can be gone through again: `batches` itself, or a list of what an iterator still gives."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def shapes_of(batch: Any) -> str:
+    """Return the shapes of the tensors in a batch, for messages."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key} {shapes_of(value)}" for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return ", ".join(shapes_of(item) for item in batch)
+    return type(batch).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and bool(re.search(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", str(error)))
+    )
+
+
+def out_of_memory(batch: Any, layer: str) -> InputError:
+    """Return the error for a batch that did not fit, naming the layer and a batch to try."""
+    tensor = next((t for t in _tensors(batch) if t.ndim), None)
+    items = tensor.shape[0] if tensor is not None else 1
+    cure = f"use batches of {items // 2} or fewer" if items > 1 else "use shorter items, or the block-by-block way"
+    at = f"layer {layer!r}" if layer else "the model"
+    return InputError(f"calibration ran out of memory at {at} with batches of {items} items; {cure}")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected: str = "") -> InputError:
+    """Return what a user should read when batch `number` could not be run: one sentence that names the batch and, if known, the layer."""
+    if isinstance(error, TwofourError):
+        return InputError(f"calibration: batch {number}: {error}")
+    if is_out_of_memory(error):
+        return out_of_memory(batch, layer)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    at = f" (at layer {layer!r})" if layer else ""
+    wanted = f", expected inputs such as {expected}" if expected else ""
+    return InputError(f"calibration: batch {number} of {shapes_of(batch)} cannot run{at}: {reason}{wanted}; check the data")
+
+
+def run_batch(
+    model: nn.Module,
+    batch: Any,
+    num_inputs: int,
+    device: torch.device,
+    number: int,
+    *,
+    expected: str = "",
+    where: Callable[[], str] = lambda: "",
+) -> None:
+    """Run the model on one batch.
+
+    Raises:
+        InputError: the model cannot run the batch, or there is no memory for it; `refusal` says it.
+    """
+    try:
+        call(model, batch, num_inputs, device)
+    # A model raises whatever its own code meets on inputs it was not made for.
+    except Exception as error:
+        if "more than 1 value per channel" in str(error):
+            raise
+        raise refusal(error, batch, number, where(), expected) from error
+
+
 def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the batch-norm modules that keep running statistics, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
@@ -58,7 +141,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
         InputError: no batch, a batch too small for batch statistics, or statistics that are not finite.
     """
     norms = tracked_norms(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     kept = {norm: ({name: getattr(norm, name).clone() for name in STATISTICS}, norm.momentum) for norm in norms.values()}
     count = 0
     try:
@@ -68,7 +151,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
                 norm.momentum = None
                 norm.train()
             for batch in batches:
-                call(model, batch, num_inputs, device)
+                run_batch(model, batch, num_inputs, device, count + 1)
                 count += 1
         if not count:
             raise InputError("calibration holds no batch, expected at least one; pass a list or a DataLoader that is not used up")

@@ -25,6 +25,7 @@ class LayerRecord:
         reason: why it was left dense, empty when pruned.
         kept_magnitude: Σ|w kept| / Σ|w|, None where nothing was pruned.
         permuted: whether its input channels were reordered first, or why not.
+        output_error: ‖X(Ŵ − W)ᵀ‖² / ‖XWᵀ‖² over the calibration data, where the method measures it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerRecord:
     reason: str = ""
     kept_magnitude: float | None = None
     permuted: str = ""
+    output_error: float | None = None
 
     @property
     def num_weights(self) -> int:

@@ -213,7 +213,10 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float]]) -> None:
 
 
 def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
-    """Return the FLOPs of each layer that ran, in the network's order, coloured by whether it is 2:4."""
+    """Return the FLOPs of each layer that ran, in the network's order, coloured by whether it is 2:4.
+
+    Of many layers, a second panel below shows the magnitude kept of those that are.
+    """
     ran = [layer for layer in layers if layer.flops is not None]
     scale, unit = step_of(max((float(layer.flops or 0) for layer in ran), default=0.0), FLOP_STEPS, "FLOP")
     values = [(layer.flops or 0) / scale for layer in ran]
@@ -221,7 +224,8 @@ def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
     titles = {f"layer{i}": f"{layer.name}: {flops_text(layer.flops or 0)}, {layer.reason or '2:4'}" for i, layer in enumerate(ran)}
     label = f"Bar chart: {unit} per item of {len(ran)} layers, by whether they are 2:4"
     names = [layer.name.removesuffix(".weight") for layer in ran]
-    return _layer_bars(names, values, colours, titles, f"{unit} per item", label, width=width, name=name)
+    axis = f"{unit} per item"
+    return _layer_bars(names, values, colours, titles, axis, label, width=width, name=name, kept=[layer.kept_magnitude for layer in ran])
 
 
 def time_by_layer(layers: Sequence["LayerRecord"], *, width: int, name: str) -> str:
@@ -244,10 +248,12 @@ def _layer_bars(
     *,
     width: int,
     name: str,
+    kept: Sequence[float | None] = (),
 ) -> str:
-    """Return one bar a layer: named side by side while there are few, else thin ones in the network's order."""
+    """Return one bar a layer: named side by side while there are few, else thin ones in the network's order, with `kept` below."""
     named = len(names) <= MOST_NAMED_LAYERS
-    height = 44 + 24 * len(names) if named else 300
+    below = 90 if any(share is not None for share in kept) else 0
+    height = 44 + 24 * len(names) if named else 300 + below
     with _figure(width, height) as figure:
         if named:
             length = 34 if width > 600 else 16
@@ -262,16 +268,38 @@ def _layer_bars(
             for i, value in enumerate(values):
                 axes.annotate(significant(value), (value, i), (5, 0), textcoords="offset points", va="center", color=MUTED)
         else:
-            axes = figure.add_axes((48 / width, 40 / height, 1 - (48 + 20) / width, 1 - 68 / height))
+            bottom = 40 + (124 if below else 0)
+            axes = figure.add_axes((48 / width, bottom / height, 1 - (48 + 20) / width, 1 - (bottom + 28) / height))
             bars = axes.bar(range(1, len(names) + 1), values, width=0.8, color=colours)
             axes.set_xlim(0.4, len(names) + 0.6)
-            axes.set_xlabel("layer, in the network's order")
+            if below:
+                axes.tick_params(labelbottom=False)
+                _kept_below(figure, kept, width, height)
+            else:
+                axes.set_xlabel("layer, in the network's order")
             axes.set_title(axis, loc="left", fontsize=TEXT_PX, color=MUTED, pad=10)
             axes.grid(axis="x", visible=False)
         for i, bar in enumerate(bars):
             bar.set_gid(f"layer{i}")
         axes.tick_params(length=0, pad=6)
         return _svg(figure, name, label, titles)
+
+
+def _kept_below(figure: "Figure", shares: Sequence[float | None], width: int, height: int) -> None:
+    """Draw the magnitude kept of each 2:4 layer as a point."""
+    axes = figure.add_axes((48 / width, 40 / height, 1 - (48 + 20) / width, 86 / height))
+    kept = [(i, 100 * share) for i, share in enumerate(shares, 1) if share is not None]
+    axes.plot([i for i, _ in kept], [share for _, share in kept], linestyle="", marker="o", markersize=3, color=SPARSE)
+    axes.set_xlim(0.4, len(shares) + 0.6)
+    # The two largest of four hold at least half; a mask chosen by something else than magnitude may keep less.
+    least = min((share for _, share in kept), default=50.0)
+    ticks = [50, 75, 100] if least >= 50 else [0, 50, 100]
+    axes.set_ylim(ticks[0], 100)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("layer, in the network's order")
+    axes.set_title("% of magnitude kept", loc="left", fontsize=TEXT_PX, color=MUTED, pad=8)
+    axes.grid(axis="x", visible=False)
+    axes.tick_params(length=0, pad=6)
 
 
 def share_by_operation(rows: Sequence[OperationShare], *, width: int, name: str) -> str:
@@ -298,3 +326,27 @@ def share_by_operation(rows: Sequence[OperationShare], *, width: int, name: str)
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0, pad=6)
         return _svg(figure, name, "Bar chart: share of the engine's time by operation, dense and 2:4")
+
+
+def accuracy_by_run(runs: Sequence[tuple[str, dict[str, AccuracyRow]]], axis: str, *, width: int, name: str) -> str:
+    """Return one row a run: the mean of each variant as a point, a standard deviation over the seeds to either side as a line."""
+    height = 44 + 44 * len(runs)
+    with _figure(width, height) as figure:
+        length = 34 if width > 600 else 16
+        labels = [_shortened(run, length) for run, _ in runs]
+        left = 16 + 7.2 * max((len(label) for label in labels), default=0)
+        axes = figure.add_axes((left / width, 40 / height, 1 - (left + 24) / width, 1 - 44 / height))
+        for i, (_, rows) in enumerate(runs):
+            for offset, variant in zip((-0.24, 0.0, 0.24), ("dense", "2:4", "dense + same training"), strict=True):
+                if (row := rows.get(variant)) is not None:
+                    spread = row.spread if math.isfinite(row.spread) else 0.0
+                    axes.errorbar(
+                        [row.mean], [i + offset], xerr=[spread], fmt="o", color=VARIANT_COLOUR[variant], markersize=6, linewidth=2
+                    )
+        axes.set_yticks(range(len(runs)), labels)
+        axes.set_ylim(len(runs) - 0.4, -0.6)
+        axes.set_xlabel(axis)
+        axes.margins(x=0.06)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0, pad=6)
+        return _svg(figure, name, f"Point chart: {axis} of {len(runs)} runs, dense, 2:4 and control")

@@ -15,6 +15,7 @@ OPTIONAL = {
     "nvidia-cuda-nvrtc": ("the run-time compiler", "pip install '.[cuda]'  (in the checkout)"),
     "nvidia-ml-py": ("GPU clocks, power and energy", "pip install '.[cuda]'  (in the checkout)"),
     "nvmath-python": ("cuBLASLt and cuSPARSELt as tactics", "pip install '.[peers]'  (in the checkout)"),
+    "nvidia-cudnn-frontend": ("cuDNN's convolutions and attention as tactics", "pip install '.[cudnn]'  (in the checkout)"),
     "tensorrt": ("TensorRT as a backend", "pip install tensorrt"),
 }
 

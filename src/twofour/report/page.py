@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -55,10 +55,9 @@ def metric_decimals(report: Report) -> int:
     return max(0, 3 - math.floor(math.log10(largest))) if largest else 2
 
 
-def _filters(report: Report) -> dict[str, Callable[..., Markup]]:
-    decimals = metric_decimals(report)
-    unit = f" {report.metric_unit}" if report.metric_unit else ""
-    points = " points" if report.metric_unit == "%" else unit
+def _filters(decimals: int, metric_unit: str) -> dict[str, Callable[..., Markup]]:
+    unit = f" {metric_unit}" if metric_unit else ""
+    points = " points" if metric_unit == "%" else unit
     return {
         "breakable": _breakable,
         "count": _optional(lambda value: f"{value:,}"),
@@ -76,28 +75,28 @@ def _filters(report: Report) -> dict[str, Callable[..., Markup]]:
     }
 
 
-def _ratio_change(dense: float | None, sparse: float | None) -> float | None:
+def ratio_change(dense: float | None, sparse: float | None) -> float | None:
     """Return sparse / dense − 1, None where one is missing or dense is 0."""
     return None if dense is None or sparse is None or dense == 0 else sparse / dense - 1
 
 
-def _of(row: object | None, field: str) -> float | None:
+def of(row: object | None, field: str) -> float | None:
     """Return a field of a row that may be missing."""
     return None if row is None else getattr(row, field)
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested table as dotted keys and their values as JSON."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += flat(value, f"{prefix}{key}.")
         else:
             rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
     return rows
 
 
-def _both_widths(draw: Callable[[int, str], str], name: str, width: int = FULL_PX) -> Markup:
+def both_widths(draw: Callable[[int, str], str], name: str, width: int = FULL_PX) -> Markup:
     """Return a chart drawn for the page and again for a phone, in frames that the style sheet shows one of."""
     wide, narrow = Markup(draw(width, f"{name}-wide")), Markup(draw(PHONE_PX, f"{name}-narrow"))
     return Markup('<div class="chart wide">{}</div><div class="chart narrow">{}</div>').format(wide, narrow)
@@ -110,7 +109,7 @@ def _draw(report: Report) -> dict[str, Markup]:
         one_shot = summary.accuracy_row(report, "2:4 one-shot")
         unit = f", {report.metric_unit}" if report.metric_unit else ""
         for field, axis in (("loss", "training loss"), ("metric", f"{report.metric} on the validation set{unit}")):
-            drawn[field] = _both_widths(
+            drawn[field] = both_widths(
                 lambda width, name, field=field, axis=axis: charts.training_curves(  # type: ignore[misc]
                     report.training, field, axis, width=width, name=name, one_shot=one_shot
                 ),
@@ -118,11 +117,20 @@ def _draw(report: Report) -> dict[str, Markup]:
                 HALF_PX,
             )
     if any(layer.flops for layer in report.layers):
-        drawn["flops"] = _both_widths(lambda width, name: charts.flops_by_layer(report.layers, width=width, name=name), "flops")
+        drawn["flops"] = both_widths(lambda width, name: charts.flops_by_layer(report.layers, width=width, name=name), "flops")
     shares = summary.share_by_operation(report)
     if shares:
-        drawn["time"] = _both_widths(lambda width, name: charts.share_by_operation(shares, width=width, name=name), "time")
+        drawn["time"] = both_widths(lambda width, name: charts.share_by_operation(shares, width=width, name=name), "time")
     return drawn
+
+
+def make_environment(reports: Sequence[Report]) -> jinja2.Environment:
+    """Return where the templates are, with numbers shown as suits all of the reports."""
+    loader = jinja2.PackageLoader("twofour.report", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    unit = reports[0].metric_unit if len({report.metric_unit for report in reports}) == 1 else ""
+    environment.filters.update(_filters(max(map(metric_decimals, reports)), unit))
+    return environment
 
 
 def render(report: Report) -> str:
@@ -130,29 +138,30 @@ def render(report: Report) -> str:
 
     Every number in the text stands in a `<data>` element whose value is the record's, or a difference, ratio or sum of such.
     """
-    loader = jinja2.PackageLoader("twofour.report", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(_filters(report))
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        variants=VARIANTS,
-        rows={variant: row for variant in VARIANTS if (row := summary.accuracy_row(report, variant))},
-        coverage=summary.coverage(report),
-        speeds=summary.speed_pairs(report),
-        memories=summary.memory_pairs(report),
-        sizes=summary.size_pairs(report),
-        profile=summary.profile_pairs(report),
-        agreements={row.variant: row for row in report.agreement},
-        headline_speed=summary.headline_speed(report),
-        headline_size=summary.headline_size(report),
-        passed=sum(check.passed for check in report.checks),
-        ratio_change=_ratio_change,
-        of=_of,
-        recipe=_flat(report.recipe),
-        charts=_draw(report),
-        long_table=len(report.layers) > MOST_UNFRAMED_LAYERS,
-        permuted=any(layer.permuted for layer in report.layers),
-        seconds=sum(report.stage_seconds.values()),
+    return (
+        make_environment([report])
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            variants=VARIANTS,
+            rows={variant: row for variant in VARIANTS if (row := summary.accuracy_row(report, variant))},
+            coverage=summary.coverage(report),
+            speeds=summary.speed_pairs(report),
+            memories=summary.memory_pairs(report),
+            sizes=summary.size_pairs(report),
+            profile=summary.profile_pairs(report),
+            agreements={row.variant: row for row in report.agreement},
+            headline_speed=summary.headline_speed(report),
+            headline_size=summary.headline_size(report),
+            passed=sum(check.passed for check in report.checks),
+            ratio_change=ratio_change,
+            of=of,
+            recipe=flat(report.recipe),
+            charts=_draw(report),
+            long_table=len(report.layers) > MOST_UNFRAMED_LAYERS,
+            permuted=any(layer.permuted for layer in report.layers),
+            seconds=sum(report.stage_seconds.values()),
+        )
     )
 
 

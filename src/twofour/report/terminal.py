@@ -1,11 +1,14 @@
 """The report as one table at the end of a run, dense beside 2:4."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from twofour.report import summary, units
+from twofour.report.compare import Run, cautions
 from twofour.report.page import metric_decimals
 from twofour.report.record import AccuracyRow, Report
 
@@ -83,3 +86,27 @@ def print_summary(report: Report, console: Console) -> None:
     _measured_rows(table, report)
     console.print(table)
     console.print(_outcome(report))
+
+
+def print_comparison(runs: Sequence[Run], console: Console) -> None:
+    """Write one row a run, and what of them is not comparable, to `console`."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    for name in ("dense", "2:4", "against control", "FLOPs in 2:4", "kept", "checks"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        report, covered = run.report, run.coverage
+        decimals, unit = metric_decimals(report), f" {report.metric_unit}" if report.metric_unit else ""
+        _add(
+            table,
+            run.name,
+            _accuracy_text(run.accuracy("dense"), decimals, unit),
+            _accuracy_text(run.accuracy("2:4"), decimals, unit),
+            units.NOT_KNOWN if run.against_control is None else units.signed(run.against_control, decimals),
+            units.NOT_KNOWN if covered.share_of_flops is None else units.share_text(covered.share_of_flops),
+            units.NOT_KNOWN if covered.kept_magnitude is None else units.share_text(covered.kept_magnitude),
+            f"{sum(check.passed for check in report.checks)} of {len(report.checks)}",
+        )
+    console.print(table)
+    for caution in cautions(runs):
+        console.print(Text(caution, style="bold"))

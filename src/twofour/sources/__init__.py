@@ -2,7 +2,7 @@
 
 from twofour.sources.data import resolve_task
 from twofour.sources.models import ModelSource, resolve_model
-from twofour.sources.task import ArrayDataset, Metric, Task
+from twofour.sources.task import ArrayDataset, Inputs, Metric, Task, inputs_of
 from twofour.sources.weights import load_weights
 
-__all__ = ["ArrayDataset", "Metric", "ModelSource", "Task", "load_weights", "resolve_model", "resolve_task"]
+__all__ = ["ArrayDataset", "Inputs", "Metric", "ModelSource", "Task", "inputs_of", "load_weights", "resolve_model", "resolve_task"]

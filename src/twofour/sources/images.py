@@ -1,6 +1,9 @@
 """Folders of images and CIFAR-10's binary files → tasks."""
 
+import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ from torch.utils.data import Dataset
 from twofour.errors import InputError
 from twofour.sources.task import ArrayDataset, Task
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 # Mean and standard deviation of ImageNet's channels, by which networks published for it are trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Side of the image that a network gets, in pixels; the share of the resized image's shorter side that it is.
+IMAGE_PX, CENTRE = 224, 224 / 256
+MOST_WORKERS = 16
 CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
 CIFAR_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
@@ -26,14 +33,27 @@ def normalised(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
+def read_image(path: Path) -> Image.Image:
+    """Return the picture in a file, decoded as RGB.
+
+    Raises:
+        InputError: the file is no image, or ends early.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {str(path)!r} cannot be read ({error}); mend or remove it, or give --skip-bad") from error
+
+
 class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Images in one folder a class; resized so that the shorter side fits, the centre cut out, normalised.
 
     `[3, size, size]` float32 each. An unreadable file raises InputError with its name when it is reached.
     """
 
-    def __init__(self, folder: Path, classes: Sequence[str], size: int = 224, resize: int = 256) -> None:
-        self.size, self.resize = size, resize
+    def __init__(self, folder: Path, classes: Sequence[str], size: int = IMAGE_PX) -> None:
+        self.size, self.resize = size, round(size / CENTRE)
         self.items = [
             (path, label)
             for label, name in enumerate(classes)
@@ -48,20 +68,44 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.items[index]
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-            raise InputError(f"image {str(path)!r} cannot be read ({error}); remove it or mend it") from error
+        picture = read_image(path)
         scale = self.resize / min(picture.size)
         width, height = (max(self.size, round(side * scale)) for side in picture.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         cut = picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + self.size, top + self.size))
         return normalised(torch.from_numpy(np.array(cut)).permute(2, 0, 1)), label
 
+    def drop_bad(self) -> list[Path]:
+        """Leave out the files that cannot be decoded, and return them; every file is decoded once, by as many threads as cores.
 
-def image_folder(folder: str) -> Task:
-    """Return the task of `folder/train/CLASS/*` and `folder/val/CLASS/*`.
+        Raises:
+            InputError: no file is left.
+        """
+
+        def is_bad(path: Path) -> bool:
+            try:
+                read_image(path)
+            except InputError as error:
+                log.warning("skipped: %s", error.__cause__)
+                return True
+            return False
+
+        with ThreadPoolExecutor(num_cores()) as pool:
+            verdicts = list(pool.map(is_bad, [path for path, _ in self.items]))
+        bad = [path for (path, _), wrong in zip(self.items, verdicts, strict=True) if wrong]
+        self.items = [item for item, wrong in zip(self.items, verdicts, strict=True) if not wrong]
+        if not self.items:
+            raise InputError(f"image folder: none of {len(bad)} images can be read (first: {str(bad[0])!r}); mend them")
+        return bad
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def image_folder(folder: str, size: int = IMAGE_PX, skip_bad: bool = False) -> Task:
+    """Return the task of `folder/train/CLASS/*` and `folder/val/CLASS/*`, decoded to `size` × `size` pixels by worker processes.
 
     Raises:
         InputError: a folder is missing or empty, there is one class only, or the two splits' classes differ.
@@ -77,8 +121,15 @@ def image_folder(folder: str) -> Task:
         raise InputError(f"image folder {str(root / 'train')!r} has {len(classes)} classes ({classes}), expected at least two folders")
     if unknown := sorted(set(splits["val"]) - set(classes)):
         raise InputError(f"image folder {str(root / 'val')!r} has classes that train has not: {unknown[:3]}; rename or remove them")
-    train, validation = (ImageFolder(root / split, classes) for split in ("train", "val"))
-    return Task(f"imagefolder:{folder}", train, validation, num_classes=len(classes))
+    train, validation = (ImageFolder(root / split, classes, size) for split in ("train", "val"))
+    notes: tuple[str, ...] = ()
+    if skip_bad:
+        total = len(train) + len(validation)
+        if bad := [*train.drop_bad(), *validation.drop_bad()]:
+            notes = (f"{len(bad)} of {total:,} images could not be read and were skipped (first: {bad[0]})",)
+    workers = min(num_cores(), MOST_WORKERS)
+    name = f"imagefolder:{folder}" if size == IMAGE_PX else f"imagefolder@{size}:{folder}"
+    return Task(name, train, validation, num_classes=len(classes), workers=workers, notes=notes)
 
 
 def read_cifar(paths: Sequence[Path]) -> ArrayDataset:
@@ -121,7 +172,7 @@ def task_of(result: Any, spec: str) -> Task:
     """Return what a user's function gave as a Task: a Task, or a pair (train, validation) of datasets of (input, class) items.
 
     Raises:
-        InputError: it is neither, or a dataset is empty.
+        InputError: it is neither, a dataset is empty, or an item is no (input, class).
     """
     if isinstance(result, Task):
         return result
@@ -131,7 +182,13 @@ def task_of(result: Any, spec: str) -> Task:
     train, validation = result
     if not len(train) or not len(validation):
         raise InputError(f"function {spec!r} returned {len(train)} training and {len(validation)} validation items, expected at least one")
-    classes = [int(dataset[i][1]) for dataset in (train, validation) for i in range(len(dataset))]
+    try:
+        classes = [int(dataset[i][1]) for dataset in (train, validation) for i in range(len(dataset))]
+    except Exception as error:
+        # The user's data sets may raise anything; that includes items that are no pairs.
+        raise InputError(
+            f"function {spec!r}: an item is no (input, class): {type(error).__name__}: {error}; return a Task for anything else"
+        ) from error
     if min(classes) < 0:
         raise InputError(f"function {spec!r}: class {min(classes)} is negative, expected 0 and up")
     return Task(spec, train, validation, num_classes=max(classes) + 1)

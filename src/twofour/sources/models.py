@@ -1,7 +1,11 @@
 """Names of models on the command line → a module and how its inputs look."""
 
+import difflib
 import importlib.util
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +14,11 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError, MissingExtraError, nearest
 from twofour.sources.files import call_function, is_function_spec
+from twofour.sources.huggingface import huggingface_model
 from twofour.sources.torchvision_compat import import_torchvision
+
+# How many relatives of a model are tried against a weights file that does not fit it, and what share of the tensors must fit.
+MOST_CANDIDATES, LEAST_FIT = 24, 0.9
 
 
 class ResidualBlock(nn.Module):
@@ -64,11 +72,13 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"demo": DemoNet}
 def torchvision_model(name: str) -> Callable[[int], nn.Module]:
     """Return what makes torchvision's network `name` without weights."""
     import_torchvision()
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model, get_model_builder, list_models
 
     if name not in list_models():
         raise InputError(f"model 'torchvision:{name}' is unknown{nearest(name, list_models())}; twofour models lists all")
-    return lambda num_classes: get_model(name, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+    # Detection and segmentation networks would fetch the weights of their backbone otherwise.
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters else {}
+    return lambda num_classes: get_model(name, weights=None, num_classes=num_classes, **backbone)  # type: ignore[no-any-return]
 
 
 def timm_model(name: str) -> Callable[[int], nn.Module]:
@@ -95,8 +105,33 @@ def own_model(spec: str) -> Callable[[int], nn.Module]:
     return make
 
 
+def nearest_model(spec: str, state: Mapping[str, Tensor]) -> str:
+    """Return the model of the same zoo and family whose parameters the tensors fit best, empty if none fits better than `spec`.
+
+    Candidates are made without memory (the meta device); the head does not count, because its size follows from the data.
+    """
+    zoo, _, name = spec.partition(":")
+    if zoo not in ("torchvision", "timm"):
+        return ""
+    family = re.match(r"[a-z]+", name)
+    names = [n.partition(":")[2] for n in list_models() if n.startswith(f"{zoo}:")]
+    related = difflib.get_close_matches(name, [n for n in names if family and n.startswith(family[0])], n=MOST_CANDIDATES, cutoff=0.0)
+    shapes = {(key, tuple(value.shape)) for key, value in state.items()}
+    fits = {}
+    for candidate in {name, *related}:
+        with torch.device("meta"), suppress(Exception):
+            own = {(key, tuple(value.shape)) for key, value in ZOOS[zoo](candidate)(1000).state_dict().items()}
+            fits[candidate] = len(own & shapes) / len(own | shapes)
+    best = max(fits, key=lambda candidate: (fits[candidate], candidate == name), default=name)
+    return f"{zoo}:{best}" if best != name and fits[best] >= LEAST_FIT else ""
+
+
 # Prefix -> what makes the maker of the network named after the colon.
-ZOOS: dict[str, Callable[[str], Callable[[int], nn.Module]]] = {"torchvision": torchvision_model, "timm": timm_model}
+ZOOS: dict[str, Callable[[str], Callable[[int], nn.Module]]] = {
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+    "hf": huggingface_model,
+}
 
 
 def list_models() -> list[str]:
@@ -118,7 +153,7 @@ def list_models() -> list[str]:
 
 def known_models() -> list[str]:
     """Return every way to name a model, for messages and help."""
-    return [*sorted(MODELS), *(f"{zoo}:NAME" for zoo in ZOOS), "FILE.py:FUNCTION"]
+    return [*sorted(MODELS), *(f"{zoo}:NAME" for zoo in ZOOS if zoo != "hf"), "hf:NAME_OR_DIR", "FILE.py:FUNCTION"]
 
 
 def is_model_spec(spec: str) -> bool:
@@ -128,7 +163,7 @@ def is_model_spec(spec: str) -> bool:
 
 
 def resolve_model(spec: str) -> ModelSource:
-    """Return the source that `spec` names: `demo`, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`.
+    """Return the source that `spec` names: `demo`, `torchvision:NAME`, `timm:NAME`, `hf:NAME_OR_DIR`, or `FILE.py:FUNCTION`.
 
     Raises:
         InputError: the name is unknown. MissingExtraError: its library is not installed.
@@ -140,4 +175,8 @@ def resolve_model(spec: str) -> ModelSource:
     zoo, colon, name = spec.partition(":")
     if colon and zoo in ZOOS:
         return ModelSource(spec, ZOOS[zoo](name))
+    if Path(spec).suffix in (".onnx", ".plan"):
+        raise InputError(
+            f"model {spec!r} is a finished graph, expected a network to train; twofour inspect, build, run and measure take it"
+        )
     raise InputError(f"model {spec!r} is unknown, expected one of {known_models()}{nearest(spec, [*MODELS, *ZOOS])}")

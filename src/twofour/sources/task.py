@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from twofour.errors import InputError
+
+# What one batch holds for the model: its only input, or one tensor an argument of its `forward`, in order.
+Inputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,53 @@ def top1_percent(outputs: Tensor, targets: Tensor) -> float:
 ACCURACY = Metric("accuracy", top1_percent, unit="%")
 
 
-class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A data set held in memory; an index may be a list, so a batch costs one gather instead of one call an item."""
+def inputs_of(value: Any) -> tuple[Tensor, ...]:
+    """Return the model's positional inputs in one batch: a tensor, or a tuple or list of tensors.
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(f"inputs hold {len(inputs)} items, targets {len(targets)}")
+    Raises:
+        InputError: it is something else.
+    """
+    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = sorted({type(x).__name__ for x in inputs})
+        raise InputError(
+            f"task: a batch's inputs are {kinds or 'empty'}, expected a tensor or a tuple of tensors in the order of the model's forward; "
+            "let collate return that"
+        )
+    return inputs
+
+
+class ArrayDataset(Dataset[tuple[Inputs, Tensor]]):
+    """A data set held in memory; an index may be a list, so a batch costs one gather instead of one call an item.
+
+    `inputs` is `[items, …]`, or a tuple of such tensors for a model of several inputs.
+    """
+
+    def __init__(self, inputs: Inputs, targets: Tensor) -> None:
+        lengths = {len(x) for x in inputs_of(inputs)}
+        if lengths != {len(targets)}:
+            raise ValueError(f"inputs hold {sorted(lengths)} items, targets {len(targets)}")
         self.inputs, self.targets = inputs, targets
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
+    def __getitem__(self, index: int | Sequence[int]) -> tuple[Inputs, Tensor]:
+        if isinstance(self.inputs, Tensor):
+            return self.inputs[index], self.targets[index]
+        return tuple(x[index] for x in self.inputs), self.targets[index]
 
 
 @dataclass(frozen=True)
 class Task:
     """Everything a training needs to know about the data.
 
-    `loss(outputs, targets, label_smoothing)` returns a scalar; `collate` turns a list of items into `(inputs, targets)`
-    (None: the default of torch, or whole-batch indexing for an `ArrayDataset`).
+    Attributes:
+        loss: `loss(outputs, targets, label_smoothing)` returns a scalar; None is cross entropy of `[items, classes]` outputs.
+        collate: turns a list of items into `(inputs, targets)`; None is torch's default, or whole-batch indexing for an `ArrayDataset`.
+            Inputs are a tensor, or a tuple of tensors for a model that takes several.
+        workers: processes that load items; 0 loads in the training's own.
+        notes: what the report should say about the data.
     """
 
     name: str
@@ -60,7 +91,14 @@ class Task:
     num_classes: int
     metric: Metric = ACCURACY
     loss: Callable[[Tensor, Tensor, float], Tensor] | None = None
-    collate: Callable[[list[Any]], tuple[Tensor, Tensor]] | None = None
+    collate: Callable[[list[Any]], tuple[Inputs, Tensor]] | None = None
+    workers: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the outputs are one score a class: the loss is cross entropy."""
+        return self.loss is None
 
     def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """Return the scalar loss: the task's own, or cross entropy."""
@@ -69,7 +107,61 @@ class Task:
         return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
     def example_inputs(self, batch: int = 2) -> tuple[Tensor, ...]:
-        """Return one batch of validation inputs, as the model takes them."""
-        items = [self.validation[i] for i in range(batch)]
-        inputs, _ = self.collate(items) if self.collate else torch.utils.data.default_collate(items)
-        return (inputs,)
+        """Return one batch of validation inputs, as the model takes them; a set of fewer items is gone through again.
+
+        Raises:
+            InputError: the validation set is empty, or a batch is not `(inputs, targets)`.
+        """
+        count = len(self.validation)  # type: ignore[arg-type]
+        if not count:
+            raise InputError(f"data {self.name!r} has no validation items, expected at least one")
+        items = [self.validation[i % count] for i in range(batch)]
+        made = self.collate(items) if self.collate else torch.utils.data.default_collate(items)
+        if not isinstance(made, (tuple, list)) or len(made) != 2:
+            kind = f"{type(made).__name__} of {len(made)}" if isinstance(made, (tuple, list)) else type(made).__name__
+            raise InputError(f"data {self.name!r}: a batch is a {kind}, expected (inputs, targets)")
+        return inputs_of(made[0])
+
+    def refuse_unfit(self, model: nn.Module) -> None:
+        """Run the model on two items; do nothing if its outputs can be trained on this task.
+
+        Raises:
+            InputError: the model does not take the inputs, or its outputs do not fit the classes.
+        """
+        inputs = self.example_inputs()
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                outputs = model(*inputs)
+        except Exception as error:
+            # Whatever the user's network raises on an input that it was not made for.
+            shapes = ", ".join(f"{x.dtype}{list(x.shape)}".removeprefix("torch.") for x in inputs)
+            first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"the model does not take the inputs of data {self.name!r} ({shapes}): {first_line}") from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"the model returns {type(outputs).__name__}, expected one tensor; wrap it so that forward returns the logits")
+        if self.is_classification and (outputs.ndim != 2 or outputs.shape[1] < self.num_classes):
+            raise InputError(
+                f"the model's outputs are {list(outputs.shape)} for {len(inputs[0])} items, data {self.name!r} have {self.num_classes} "
+                "classes; give the model that many outputs, or a Task with a loss of its own"
+            )
+
+    def refuse_labels(self, outputs: Tensor, targets: Tensor) -> None:
+        """Do nothing if every class in `targets` is one of the columns of `outputs`; a task with its own loss may have any targets.
+
+        Raises:
+            InputError: a label has no output.
+        """
+        if not self.is_classification or targets.is_floating_point() or not targets.numel():
+            return
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= outputs.shape[1]:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"data {self.name!r}: label {wrong} does not fit the model's {outputs.shape[1]} outputs, "
+                f"expected 0 to {outputs.shape[1] - 1}; mend the labels or num_classes"
+            )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError
 from twofour.files import existing_file
+from twofour.sources.models import nearest_model
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -44,8 +45,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, spec: str = "") -> None:
     """Fill `model` from the file at `path`, in place; every parameter and buffer must be there with its shape.
+
+    Args:
+        spec: the model's name on the command line, to offer a nearer one where the file does not fit.
 
     Raises:
         InputError: names or shapes do not fit; the model is left as it was.
@@ -58,13 +62,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if missing or surplus:
         raise InputError(
             f"weights file {str(path)!r} does not fit the model: {len(missing)} names missing (first: {missing[:3]}), "
-            f"{len(surplus)} not in the model (first: {surplus[:3]}); give the weights of this architecture"
+            f"{len(surplus)} not in the model (first: {surplus[:3]}); {_cure(spec, state)}"
         )
     wrong = [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         name = wrong[0]
+        heads = {name.rpartition(".")[0] for name in wrong}
+        cure = "the file's head has another number of classes than the data" if len(heads) == 1 else _cure(spec, state)
         raise InputError(
             f"weights file {str(path)!r}: {name!r} has shape {list(state[name].shape)}, the model expects {list(own[name].shape)}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+            + f"; {cure}"
         )
     model.load_state_dict(state)
+
+
+def _cure(spec: str, state: dict[str, Tensor]) -> str:
+    near = nearest_model(spec, state) if spec else ""
+    return f"they fit {near!r}" if near else "give the weights of this architecture"

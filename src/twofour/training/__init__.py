@@ -1,10 +1,10 @@
 """Training with masks held: recipes, the loop, checkpoints, and sparse training from scratch, in bites and of adapters."""
 
 from twofour.training.checkpoint import Checkpoint, Epoch
-from twofour.training.evaluate import calibration_batches, evaluate, predict
+from twofour.training.evaluate import calibration_batches, evaluate, evaluate_loss, predict
 from twofour.training.gradual import Gradual, gradual
 from twofour.training.hold import Hold, hold
-from twofour.training.loop import train
+from twofour.training.loop import Step, train
 from twofour.training.lora import MaskedLora, add_lora, merge_adapters
 from twofour.training.masks import derive_masks, recorded_masks
 from twofour.training.order import permute_state
@@ -19,10 +19,12 @@ __all__ = [
     "MaskedLora",
     "Recipe",
     "SrSte",
+    "Step",
     "add_lora",
     "calibration_batches",
     "derive_masks",
     "evaluate",
+    "evaluate_loss",
     "gradual",
     "hold",
     "load_recipe",

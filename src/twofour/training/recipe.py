@@ -40,10 +40,19 @@ class ScheduleSection(_Section):
 
 
 class AugmentationSection(_Section):
-    """`shift`: largest random translation in pixels, zeros moved in; `flip`: mirror half of the images."""
+    """`shift`: largest random translation in pixels, zeros moved in; `flip`: mirror half of the images.
+
+    `crop`: cut out a random part of at least this share of the area and enlarge it to the whole; 1 is off.
+    """
 
     shift: int = Field(0, ge=0)
     flip: bool = False
+    crop: float = Field(1.0, gt=0, le=1)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.shift) or self.flip or self.crop < 1
 
 
 class DistillationSection(_Section):
@@ -60,7 +69,8 @@ class Recipe(_Section):
     """One training, whole: `epochs` passes in batches of `batch`, everything random drawn from `seed`.
 
     `cpu_threads` is for networks so small that threads wait for each other longer than they work (0: torch's own choice);
-    `channels_last` lays images out as NHWC while training, which most convolutions prefer.
+    `channels_last` lays images out as NHWC while training, which most convolutions prefer. `average` keeps an exponential moving
+    average of the weights with this decay a step, which is evaluated and kept instead of the last weights (0: none).
     """
 
     epochs: int = Field(10, gt=0)
@@ -69,6 +79,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**62)
     cpu_threads: int = Field(0, ge=0)
     channels_last: bool = False
+    average: float = Field(0.0, ge=0, lt=1)
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     augmentation: AugmentationSection = AugmentationSection()

@@ -74,3 +74,14 @@ def inference(graph: Any) -> dict[str, bool]:
     """Return how this frontend is told that no statistics are wanted: the name of that argument changed between versions."""
     documented = graph.sdpa.__doc__ or ""
     return {"is_inference": True} if "is_inference" in documented else {"generate_stats": False}
+
+
+def num_plans(problem: Problem, handle: Handle) -> int:
+    """Return how many plans cuDNN lists for `problem`.
+
+    Raises:
+        UnsupportedError: none.
+    """
+    made = object.__new__(CudnnAttention)
+    made.problem = problem
+    return Graph(problem, problem.dtype, made._describe, handle, WORKSPACE_BYTES).num_plans()

@@ -1,7 +1,6 @@
 """A Problem and a Config made callable on device pointers. Needs neither torch nor a compiler once the cubin is cached."""
 
 import struct
-import threading
 
 from twofour.errors import InputError
 from twofour.jit import driver
@@ -15,7 +14,6 @@ _POINTERS = struct.Struct("<128s128s7Q")
 _SIZES = struct.Struct("<13i10I")
 _PARAMS_BYTES = 448
 BOX_OUTPUTS = 64
-_KEPT_MAPS = 1024  # address pairs a product remembers; all layers of one size share it
 
 
 def pack_sizes(problem: Problem, launch: Launch) -> bytes:
@@ -33,8 +31,8 @@ def pack_sizes(problem: Problem, launch: Launch) -> bytes:
 class Gemm:
     """One matrix product on one GPU, prepared; calling it only launches.
 
-    A call costs the CPU a few microseconds. Tensor maps are kept for the last activation addresses. Safe from several threads; launches on
-    two streams at once need two workspaces.
+    A call costs the CPU a few microseconds: tensor maps are encoded once for the addresses they are on. Safe from several threads; launches
+    on two streams at once need two workspaces.
     """
 
     def __init__(
@@ -63,10 +61,8 @@ class Gemm:
         self.config = default(problem, sms) if config is None else config
         self.plan = derive(problem, self.config, sms)
         handle = kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder, cubin)
-        params = (bytes(_POINTERS.size) + pack_sizes(problem, self.plan)).ljust(_PARAMS_BYTES, b"\0")
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, self.plan.smem_bytes, params, overlap=overlap)
-        self._maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-        self._encoding = threading.Lock()
+        self._sizes = pack_sizes(problem, self.plan)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, self.plan.smem_bytes, overlap=overlap)
         tuned, config = self.config.kernel == "tuned", self.config
         self._x_box = config.tile_tokens if tuned else 64
         warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
@@ -103,15 +99,17 @@ class Gemm:
                     raise InputError(f"the epilogue adds {name}, expected its address, got none; pass {name}=")
         if self.plan.workspace_bytes and not workspace:
             raise InputError(f"this schedule needs {self.plan.workspace_bytes} bytes of workspace, got none; allocate it zeroed once")
-        x_map, d_map = self._maps.get((x, d)) or self._encode(x, d)
-        self._launcher.launch(_POINTERS.pack_into, (x_map, d_map, weight, d, scale, bias, residual, workspace, x), stream)
+        self.enqueue(x, weight, d, scale, bias, residual, workspace, stream)
 
-    def _encode(self, x: int, d: int) -> tuple[bytes, bytes]:
+    def enqueue(self, x: int, weight: int, d: int, scale: int, bias: int, residual: int, workspace: int, stream: int) -> None:
+        """Launch as a call does, without looking at the addresses: for callers who made sure of them."""
+        key = (x, weight, d, scale, bias, residual, workspace, stream)
+        self._launcher.launch(key, lambda: self._params(*key[:-1]), stream)
+
+    def _params(self, x: int, weight: int, d: int, scale: int, bias: int, residual: int, workspace: int) -> bytes:
+        """The parameter block `GemmParams` on these addresses."""
         p = self.problem
         x_map = driver.encode_rows(x, p.tokens, p.inputs, self._x_box, BLOCK_K, p.dtype)
         d_map = driver.encode_rows(d, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype) if self._d_box else bytes(128)
-        with self._encoding:
-            while len(self._maps) >= _KEPT_MAPS:
-                del self._maps[next(iter(self._maps))]
-            self._maps[x, d] = x_map, d_map
-        return x_map, d_map
+        pointers = _POINTERS.pack(x_map, d_map, weight, d, scale, bias, residual, workspace, x)
+        return (pointers + self._sizes).ljust(_PARAMS_BYTES, b"\0")

@@ -49,8 +49,8 @@ class Pointwise:
         self.config = default(problem, sms) if config is None else config
         self.plan = derive(problem, self.config, sms)
         handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        params = bytes(_POINTERS.size) + pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, params, overlap=overlap)
+        self._sizes = pack_sizes(problem, self.plan)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
         self._aligns = tuple(o.align for o in problem.inputs)
         self._rest = (0,) * (MAX_INPUTS - len(problem.inputs))
 
@@ -66,4 +66,5 @@ class Pointwise:
                 f"addresses {[hex(x) for x in inputs]} and d={d:#x}: expected {len(self._aligns)} inputs at multiples of "
                 f"{list(self._aligns)} bytes and an output at a multiple of {self.problem.out_align}"
             )
-        self._launcher.launch(_POINTERS.pack_into, (*inputs, *self._rest, d), stream)
+        pointers = (*inputs, *self._rest, d)
+        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)

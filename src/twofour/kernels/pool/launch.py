@@ -52,8 +52,8 @@ class Pool:
         self.config = default(problem, sms) if config is None else config
         self.plan = derive(problem, self.config, sms)
         handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        params = bytes(_POINTERS.size) + pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, params, overlap=overlap)
+        self._sizes = pack_sizes(problem, self.plan)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
 
     def __call__(self, x: int, d: int, *, stream: int = 0) -> None:
         """Launch on device addresses.
@@ -63,4 +63,5 @@ class Pool:
         """
         if not (x and d) or x % self.problem.align or d % self.problem.out_align:
             raise InputError(f"addresses x={x:#x}, d={d:#x}: expected multiples of {self.problem.align} and {self.problem.out_align} bytes")
-        self._launcher.launch(_POINTERS.pack_into, (x, d), stream)
+        pointers = (x, d)
+        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)

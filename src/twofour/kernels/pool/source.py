@@ -29,9 +29,10 @@ def source(problem: AnyProblem, config: Config, launch: Launch) -> Source:
         coordinate, rounding = _COORDINATE[problem.coordinate], _ROUNDING[problem.rounding]
         linear = flag(problem.kind == "linear")
         call = f"resize<{kind}, {config.vector}, {linear}, Coordinate::{coordinate}, Rounding::{rounding}, {wide}>"
+    # NOTE: without the 4, ptxas 13.0 aims at more threads a multiprocessor and spills a few registers for it.
     stub = (
         f'#include "pool.cuh"\n'
-        f'extern "C" __global__ void __launch_bounds__({THREADS}) pool(const __grid_constant__ twofour::PoolParams params) {{\n'
+        f'extern "C" __global__ void __launch_bounds__({THREADS}, 4) pool(const __grid_constant__ twofour::PoolParams params) {{\n'
         f"    using namespace twofour;\n    twofour::{call}(params);\n}}\n"
     )
     return Source("pool", flatten(stub, [FOLDER, SHARED, INCLUDE]))

@@ -45,8 +45,8 @@ class Reduce:
         self.config = default(problem, sms) if config is None else config
         self.plan = derive(problem, self.config, sms)
         handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        params = bytes(_POINTERS.size) + pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, params, overlap=overlap)
+        self._sizes = pack_sizes(problem, self.plan)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
 
     def __call__(self, x: int, d: int, *, scale: int = 0, bias: int = 0, stream: int = 0) -> None:
         """Launch on device addresses; `scale` and `bias` are fp32 `[length]`.
@@ -60,4 +60,5 @@ class Reduce:
                 f"addresses x={x:#x}, d={d:#x}, scale={scale:#x}, bias={bias:#x}: expected multiples of {p.align} and {p.out_align} "
                 "bytes, and each vector that the problem uses"
             )
-        self._launcher.launch(_POINTERS.pack_into, (x, d, scale, bias), stream)
+        pointers = (x, d, scale, bias)
+        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)

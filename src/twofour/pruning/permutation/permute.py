@@ -38,6 +38,7 @@ def permute(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     targets: Mapping[str, int] | None = None,
+    scores: Mapping[str, torch.Tensor] | None = None,
     resume: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Permutation:
@@ -50,11 +51,13 @@ def permute(
         device: torch device of the search; None takes the model's GPU, or the CPU.
         include, exclude: globs of layers, as in `prune`.
         targets: weights that count -> their reduction axis; None takes those that `prune` would prune.
+        scores: weights -> importance of each value, of the weight's shape, to be kept in place of its magnitude; "kept" in the record
+            is then of these. What may move, and its proof, do not depend on them.
         resume: a file that keeps finished searches; a second call with it goes on where the first one ended.
         progress: called with what is searched and the share done, in 0-1.
 
     Raises:
-        InputError: `example_inputs` is of no usable kind, or a glob or target matches nothing.
+        InputError: `example_inputs` is of no usable kind, a glob or target matches nothing, or a score has another shape.
     """
     inputs = Inputs.of(example_inputs)
     captures, reason = capture(model, inputs)
@@ -67,7 +70,7 @@ def permute(
     if unknown:
         raise InputError(f"targets name {sorted(unknown)[0]!r}, expected names of the model's parameters")
     spaces = derive(analysis.ledger)
-    tensors = {h.names[0]: h.tensor for h in analysis.held}
+    tensors = _judged(analysis, scores or {})
     problems = _problems(spaces, analysis, targets, tensors)
     found, complete = _search(problems, tensors, analysis, seed, seconds, _device(model, device), resume, progress)
     record = Permutation(seed=seed, complete=complete, notes=sorted({c.note for c in captures if c.note}))
@@ -79,6 +82,18 @@ def permute(
     apply_(tensors_of(model), record.moves)
     carry(model, record)
     return record
+
+
+def _judged(analysis: Analysis, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every held tensor by its first name, or the scores that stand for it."""
+    tensors = {h.names[0]: h.tensor for h in analysis.held}
+    for name, score in scores.items():
+        weight = analysis.by_name[name].tensor if name in analysis.by_name else None
+        if weight is None or weight.shape != score.shape:
+            wanted = "a parameter's name" if weight is None else f"{list(weight.shape)}"
+            raise InputError(f"scores of {name!r} have shape {list(score.shape)}, expected {wanted}; give one score a value of the weight")
+        tensors[analysis.by_name[name].names[0]] = score
+    return tensors
 
 
 def default_targets(model: nn.Module, captured: Capture, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, int]:
@@ -138,6 +153,7 @@ def _search(
                     progress(label, before + part * cost / total)
 
             result = search(columns, seed=seed, seconds=share, cut=seconds is not None, device=device, progress=report)
+            report(1.0)  # also where the clock cut it
             order = result.order
             complete = complete and result.complete
             if result.complete:

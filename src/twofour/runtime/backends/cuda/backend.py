@@ -170,7 +170,7 @@ class CudaBackend:
         results = self._results(inputs[0], items, given_inputs[0].address is None)
         for chunk in chunks(items, sorted(self._programs)):
             self._run_chunk(context, chunk, given_inputs, results, where)
-        self.gpu.record(context.done, where)
+        context.mark(where)
         finished = self._finish(inputs[0], given_inputs, results, where)
         return finished[0] if len(finished) == 1 else tuple(finished)
 

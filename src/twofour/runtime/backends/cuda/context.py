@@ -1,5 +1,6 @@
 """An execution context: the memory and graphs of one thread. Programs and prepared steps are shared by all contexts of an engine."""
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Memory:
         self.address: int = gpu.alloc(size)
 
     def __del__(self) -> None:
-        if hasattr(self, "address"):
+        if hasattr(self, "address") and not sys.is_finalizing():
             self._gpu.free(self.address)
 
 
@@ -90,14 +91,19 @@ class Context:
         self.stream: int = gpu.stream()
         self.done = gpu.event()
         self._last_stream: int | None = None
+        self._is_captured = False
         self._arena = Memory(gpu, arena_bytes)
         self._workspace = Memory(gpu, max(workspace_bytes, FLAG_BYTES))
         gpu.zero(self._arena.address, arena_bytes, self.stream)
         gpu.zero(self._workspace.address, self._workspace.size, self.stream)
+        # What comes next is put on the caller's stream, which does not wait for this one.
+        gpu.synchronize(self.stream)
         self._graphs: dict[int, Any] = {}
         self._buffers: dict[tuple[int, str, int], Memory] = {}
 
     def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
         for graph in getattr(self, "_graphs", {}).values():
             self.gpu.free_graph(graph)
 
@@ -134,10 +140,19 @@ class Context:
             prepared.launchables[number](self._addresses(prepared, step, inputs, outputs), self._workspace.address, stream)
 
     def order(self, stream: int) -> None:
-        """Let `stream` wait for this context's last call, if that was on another one."""
-        if self._last_stream != stream:
+        """Let `stream` wait for this context's last call, if that was on another one.
+
+        NOTE: a stream whose work its owner captures must not wait for work outside the capture; the owner puts the replays in order.
+        """
+        self._is_captured = self.gpu.is_capturing(stream)
+        if self._last_stream != stream and not self._is_captured:
             self.gpu.wait(stream, self.done)
-        self._last_stream = stream
+            self._last_stream = stream
+
+    def mark(self, stream: int) -> None:
+        """Remember the end of a call, for `order`."""
+        if not self._is_captured:
+            self.gpu.record(self.done, stream)
 
     def run(self, prepared: Prepared, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
         """Put one pass on `stream`; addresses are the caller's or those of `buffer`.

@@ -77,6 +77,10 @@ class Gpu:
         """Return microseconds between two events that have passed."""
         return float(check(bindings().cuEventElapsedTime(begin, end), "reading events")) * 1000
 
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether a stream's owner is recording a graph on it; the default stream cannot be recorded."""
+        return stream != 0 and int(check(bindings().cuStreamIsCapturing(stream), "asking a stream")) != 0
+
     def begin_capture(self, stream: int) -> None:
         """Record launches on a stream instead of running them."""
         mode = bindings().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED

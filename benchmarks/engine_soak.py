@@ -1,0 +1,108 @@
+"""Runs an engine from several threads with changing batches for a long time; no result may differ, no memory may grow.
+
+Each thread has a stream and calls the engine with batches in its own random order; each result is compared to the bit with the first one
+of that batch, made alone. Device memory and the process' own memory are taken every minute, after the first tenth of the time has passed.
+Prints a line a minute and a verdict; exits with 1 where something differed or grew by more than `--slack` MiB. Needs one Hopper GPU.
+
+    python benchmarks/engine_soak.py model.plan [--minutes 30] [--threads 8] [--batches 1,7,32,100] [--slack 64]
+"""
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import twofour
+from twofour.runtime.memory import resident_bytes
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Soak:
+    """The engine, its inputs, the results they must give, and what was seen."""
+
+    def __init__(self, engine: Any, batches: list[int]) -> None:
+        self.engine = engine
+        self.inputs = {n: tuple(torch.from_numpy(a).cuda() for a in engine.random_inputs(n, seed=n)) for n in batches}
+        self.wanted = {n: self.run(n) for n in batches}
+        torch.cuda.synchronize()
+        self.stop = threading.Event()
+        self.wrong: list[str] = []
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def run(self, batch: int) -> tuple[torch.Tensor, ...]:
+        """The outputs of one batch."""
+        found = self.engine(*self.inputs[batch])
+        return found if isinstance(found, tuple) else (found,)
+
+    def work(self, seed: int) -> None:
+        """Call and compare until told to stop."""
+        rng, stream, batches = random.Random(seed), torch.cuda.Stream(), list(self.inputs)
+        while not self.stop.is_set():
+            batch = rng.choice(batches)
+            try:
+                with torch.cuda.stream(stream):
+                    found = self.run(batch)
+                    same = all(torch.equal(a, b) for a, b in zip(found, self.wanted[batch], strict=True))
+            except Exception as error:  # noqa: BLE001 - whatever a thread raises is the finding
+                self.wrong.append(f"thread {seed}, batch {batch}: {type(error).__name__}: {error}")
+                return
+            if not same:
+                self.wrong.append(f"thread {seed}, batch {batch}: another result")
+            with self._lock:
+                self.calls += 1
+
+
+def main() -> None:
+    """Soak and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--batches", default="1,2,7,32,33")
+    parser.add_argument("--slack", type=int, default=64, help="MiB that memory may differ")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    soak = Soak(twofour.load(options.plan), [int(b) for b in options.batches.split(",")])
+    threads = [threading.Thread(target=soak.work, args=(i,)) for i in range(options.threads)]
+    for thread in threads:
+        thread.start()
+    begin, seconds, samples = time.perf_counter(), options.minutes * 60, []
+    step = min(60.0, seconds / 20)
+    while time.perf_counter() - begin < seconds and not soak.wrong:
+        time.sleep(step)
+        free, total = torch.cuda.mem_get_info()
+        samples.append(
+            {"s": time.perf_counter() - begin, "gpu_bytes": total - free, "host_bytes": resident_bytes()[0], "calls": soak.calls}
+        )
+        say(" ".join(f"{name} {value:,.0f}" for name, value in samples[-1].items()))
+    soak.stop.set()
+    for thread in threads:
+        thread.join()
+    settled = [s for s in samples if s["s"] > seconds / 10] or samples[-1:]
+    growth = {name: settled[-1][name] - settled[0][name] for name in ("gpu_bytes", "host_bytes")} if settled else {}
+    grown = [f"{name} grew by {value / 2**20:.0f} MiB" for name, value in growth.items() if value > options.slack << 20]
+    for line in [*soak.wrong[:10], *grown]:
+        say(line)
+    ok = not soak.wrong and not grown
+    elapsed = (time.perf_counter() - begin) / 60
+    say(f"{'passed' if ok else 'FAILED'}: {soak.calls:,} calls from {options.threads} threads in {elapsed:.1f} min")
+    if options.json:
+        record = {"calls": soak.calls, "minutes": elapsed, "threads": options.threads, "batches": options.batches}
+        options.json.write_text(json.dumps({**record, "samples": samples, "wrong": soak.wrong, "growth": growth, "passed": ok}, indent=1))
+    sys.exit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()

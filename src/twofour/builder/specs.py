@@ -1,0 +1,23 @@
+"""What goes into and comes out of a graph, as a plan says it."""
+
+import onnx_ir as ir
+
+from twofour.errors import InputError, UnsupportedError
+from twofour.plan import ValueSpec
+
+
+def spec_of(value: ir.Value, where: str) -> ValueSpec:
+    """Return the spec of a graph input or output: a symbolic first axis is the batch."""
+    if value.dtype is None or value.shape is None:
+        raise InputError(f"build: {where} {value.name!r} has no type or shape; run ONNX shape inference on the model first")
+    shape: list[int | None] = []
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, int):
+            shape.append(size)
+        elif axis == 0:
+            shape.append(None)
+        else:
+            raise UnsupportedError(
+                f"build: {where} {value.name!r} has the dynamic axis {axis} ({size}); only the batch (axis 0) may be dynamic"
+            )
+    return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))

@@ -1,0 +1,215 @@
+"""The fastest way for every layer of an engine, timed on this GPU and remembered."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from twofour.builder.lower import LayerCall
+from twofour.builder.tactics.bench import Bench, Timed
+from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.builder.tactics.ways import LIBRARIES, Way, cudnn_trial, cudnn_ways, ways_of, weight_for
+from twofour.errors import InputError, TwofourError, UnsupportedError
+from twofour.files import write_text
+from twofour.jit.driver import num_sms
+from twofour.kernels import families
+from twofour.kernels.launchable import sources_digests
+from twofour.kernels.records import to_plain
+
+log = logging.getLogger(__name__)
+CACHE_SCHEMA = 1
+PACKAGES = ("nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a layer is computed: the fastest way, every timed way's median microseconds, and why others were left out.
+
+    Attributes:
+        spread: of the fastest, interquartile range over median.
+    """
+
+    way: Way
+    times_us: dict[str, float]
+    left_out: dict[str, str] = field(default_factory=dict)
+    spread: float = 0.0
+
+    @property
+    def us(self) -> float:
+        """Microseconds of the chosen way."""
+        return self.times_us[str(self.way)]
+
+
+def _plain(way: Way) -> dict[str, Any]:
+    return {
+        "family": way.family,
+        "library": way.library,
+        "problem": to_plain(way.problem),
+        "config": to_plain(way.config),
+        "algorithm": way.algorithm,
+    }
+
+
+def _read_way(data: Any) -> Way:
+    problem = families.read_problem(data["family"], data["problem"], "timing cache")
+    config = families.read_config(data["family"], data["config"], "timing cache")
+    reason = families.why_not(data["family"], data["library"], problem, config)
+    if reason is not None:
+        raise InputError(reason)
+    return Way(data["family"], data["library"], problem, config, None if data["algorithm"] is None else int(data["algorithm"]))
+
+
+def key_of(call: LayerCall, sparsity: str, libraries: Sequence[str]) -> str:
+    """Return what decides a choice on one machine, as a digest."""
+    sparse = call.is_24 and sparsity != "off"
+    text = json.dumps([call.family, to_plain(call.problem), sparse, sorted(libraries)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Remembered:
+    """Choices kept in a JSON file; those of another GPU, driver, library version or kernel source do not count."""
+
+    def __init__(self, path: Path | None, machine: dict[str, Any]) -> None:
+        """Read the file, if there is one.
+
+        Raises:
+            InputError: it is no timing cache.
+        """
+        self.path, self.entries = path, {}
+        self.head = {"schema": CACHE_SCHEMA, "kind": "timing cache", "machine": machine}
+        if path is None or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.pop("kind") != "timing cache":
+                raise ValueError("its kind is another")
+            entries = stored.pop("entries")
+            if stored == {k: v for k, v in json.loads(json.dumps(self.head)).items() if k != "kind"}:
+                self.entries = dict(entries)
+            else:
+                log.warning("timing cache %s was made on another machine or by other versions and is measured anew", path)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise InputError(f"timing cache {str(path)!r} cannot be read ({e}), expected one that twofour build wrote; move it away") from e
+
+    def get(self, key: str) -> Chosen | None:
+        """Return a remembered choice; a damaged one counts as none."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        try:
+            way = _read_way(entry["way"])
+            times = {str(name): float(us) for name, us in entry["times_us"].items()}
+            return Chosen(way, times, dict(entry["left_out"]), float(entry["spread"])) if str(way) in times else None
+        except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
+            log.warning("a choice in the timing cache is damaged (%s) and is measured anew", e)
+            return None
+
+    def put(self, key: str, chosen: Chosen) -> None:
+        """Remember a choice."""
+        made = {"way": _plain(chosen.way), "times_us": chosen.times_us, "left_out": chosen.left_out, "spread": chosen.spread}
+        self.entries[key] = made
+
+    def save(self) -> None:
+        """Write the file aside and rename it."""
+        if self.path is not None:
+            write_text(self.path, json.dumps({**self.head, "entries": self.entries}, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries whose choices are remembered."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def choose_all(
+    calls: Sequence[LayerCall],
+    *,
+    sparsity: str = "auto",
+    tactics: str = "all",
+    cache: Path | None = None,
+    device: int = 0,
+    progress: Progress | None = None,
+    bench: Bench | None = None,
+) -> list[Chosen]:
+    """Return the fastest way for every call; calls that ask for the same are timed once.
+
+    Args:
+        sparsity: `off` leaves 2:4 ways out. tactics: `all`, or `ours` for our kernels only.
+        cache: a file of earlier choices, extended. progress: called with layers done, layers, and the layer's name.
+
+    Raises:
+        UnsupportedError: a layer cannot be computed here; all such layers are named. InputError: the cache is no timing cache.
+    """
+    from twofour.timing.gpu import Stopwatch
+
+    bench = bench or Bench(Stopwatch(device), device)
+    libraries = LIBRARIES[tactics]
+    machine = bench.watch.meter.machine() | {"versions": versions(), "sources": sources_digests()}
+    remembered = Remembered(cache, machine)
+    wanted: dict[str, LayerCall] = {}
+    for call in calls:
+        if call.family != "fallback":
+            wanted.setdefault(key_of(call, sparsity, libraries), call)
+    known = {key: found for key in wanted if (found := remembered.get(key)) is not None}
+    todo = {key: call for key, call in wanted.items() if key not in known}
+    trials, outcomes = _tried(todo, libraries, device)
+    refused: dict[str, str] = {}
+    for number, (key, call) in enumerate(todo.items()):
+        if progress is not None:
+            progress(number, len(todo), call.name)
+        ways, left = ways_of(call, sparsity=sparsity, libraries=libraries, sms=num_sms(device))
+        if key in outcomes:
+            ways += cudnn_ways(trials[key], outcomes[key], left)
+        elif "cudnn" in libraries and isinstance(reason := cudnn_trial(call), str):
+            left["cudnn"] = reason
+        found = _fastest(bench, call, ways, left)
+        if found is None:
+            refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
+            continue
+        known[key] = found
+        remembered.put(key, found)
+    remembered.save()
+    if refused:
+        raise UnsupportedError(
+            f"build: {len(refused)} layers cannot be computed with tactics {tactics!r}: "
+            + ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
+        )
+    return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]
+
+
+def _tried(todo: dict[str, LayerCall], libraries: Sequence[str], device: int) -> tuple[dict[str, Trial], dict[str, Outcome]]:
+    """What came of trying cuDNN's plans in a process of their own, by the calls' keys."""
+    if "cudnn" not in libraries:
+        return {}, {}
+    trials = {key: trial for key, call in todo.items() if isinstance(trial := cudnn_trial(call), Trial)}
+    if not trials:
+        return {}, {}
+    try:
+        outcomes = try_plans(list(trials.values()), device)
+    except TwofourError as e:
+        outcomes = [Outcome(reason=str(e)) for _ in trials]
+    return trials, dict(zip(trials, outcomes, strict=True))
+
+
+def _fastest(bench: Bench, call: LayerCall, ways: Sequence[Way], left: dict[str, str]) -> Chosen | None:
+    """The fastest stable way; without a stable one the fastest."""
+    timed = bench.time(ways, (lambda way: weight_for(call, way)) if call.weight is not None else None)
+    ran: list[Timed] = [t for t in timed if t.figure is not None]
+    left |= {str(t.way): t.reason for t in timed if t.figure is None}
+    if not ran:
+        return None
+    stable = [t for t in ran if t.figure is not None and t.figure.is_stable] or ran
+    best = min(stable, key=lambda t: t.figure.median_us if t.figure is not None else 0.0)
+    assert best.figure is not None
+    times = {str(t.way): t.figure.median_us for t in ran if t.figure is not None}
+    return Chosen(best.way, times, left, best.figure.spread)

@@ -1,0 +1,153 @@
+"""The ways in which one layer of an engine can be computed, and the weights in the form that each way reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from twofour.builder.graph import Array
+from twofour.builder.lower import LayerCall
+from twofour.builder.tactics.untrusted import Outcome, Trial
+from twofour.kernels import families
+from twofour.kernels.conv import contract as conv
+from twofour.kernels.conv.cudnn import UNFUSED, is_fusible
+from twofour.kernels.families import OURS
+from twofour.kernels.gemm import contract as gemm
+from twofour.kernels.pointwise import contract as pointwise
+from twofour.kernels.pool import contract as pool
+from twofour.kernels.reduce import contract as reduce
+from twofour.pattern.pack_sm90 import pack
+
+LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
+SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
+CUBLASLT_ALGORITHMS = 3
+MOST_CUDNN = 3  # of the plans that ran alone, the fastest are timed against the other ways
+_CANDIDATES: dict[str, Any] = {"pointwise": pointwise.candidates, "pool": pool.candidates, "resize": pool.candidates}
+_CANDIDATES["reduce"] = reduce.candidates
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a layer: who does it, in which family's terms, and with which setting.
+
+    Attributes:
+        config: of our kernels. algorithm: of a library. A convolution may be computed as a product: `family` is then gemm.
+    """
+
+    family: str
+    library: str
+    problem: Any
+    config: Any = None
+    algorithm: int | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it uses the zeros."""
+        return bool(getattr(self.problem, "sparse", False))
+
+    def __str__(self) -> str:
+        c = self.config
+        if self.family == "gemm" and c is not None:
+            form = "2:4" if self.is_sparse else "dense"
+            return f"{OURS} {form} {c.tile_rows}x{c.tile_tokens}x{c.stages}{' split' if c.split else ''}"
+        if c is not None:
+            return f"{OURS} {self.family} " + " ".join(str(value) for value in vars(c).values())
+        number = self.algorithm or 0
+        return f"{self.library} {number % UNFUSED}{', epilogue apart' if number >= UNFUSED else ''}"
+
+
+def ways_of(
+    call: LayerCall, *, sparsity: str = "auto", libraries: Sequence[str] = LIBRARIES["all"], sms: int = 132
+) -> tuple[list[Way], dict[str, str]]:
+    """Return the ways worth timing, and why others are left out, by library; cuDNN's plans apart, which `cudnn_trial` asks for.
+
+    A sparse way is listed where the weight is 2:4 and `sparsity` is not `off`; a dense one always: an engine is never slower for its zeros.
+    """
+    found: list[Way] = []
+    left: dict[str, str] = {}
+    product = None
+    if call.family == "gemm":
+        product = call.problem
+    elif call.family == "conv":
+        product = conv.as_gemm(call.problem)
+    if product is not None:
+        sparse = call.is_24 and sparsity != "off"
+        if not sparse:
+            left["2:4"] = call.why_not_24 or "sparsity is off"
+        found += _products(product, sparse, libraries, sms, left)
+    elif call.family == "conv":
+        left["2:4"] = call.why_not_24
+    if call.family == "matmul" and "cublaslt" in libraries:
+        found += [Way("matmul", "cublaslt", call.problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
+    if call.family in _CANDIDATES:
+        found += [Way(call.family, OURS, call.problem, config) for config in _CANDIDATES[call.family](call.problem, sms)]
+    return found, left
+
+
+def cudnn_trial(call: LayerCall) -> Trial | str | None:
+    """Return the trial of cuDNN's plans for a call, why there is none, or None where cuDNN computes nothing of the kind."""
+    if call.family not in ("conv", "attention"):
+        return None
+    reason = families.why_not(call.family, "cudnn", call.problem, None)
+    if reason is not None:
+        return reason
+    return Trial(call.family, call.problem, fused=call.family != "conv" or is_fusible(call.problem))
+
+
+def cudnn_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
+    """Return the fastest of the plans that ran alone; why others are left out goes to `left`."""
+    if outcome.reason is not None:
+        left["cudnn"] = outcome.reason
+    first = 0 if trial.fused else UNFUSED
+    left |= {f"cudnn {plan}": why for plan, why in outcome.left_out.items()}
+    return [Way(trial.family, "cudnn", trial.problem, None, first + plan) for plan in outcome.best(MOST_CUDNN)]
+
+
+def _products(product: gemm.Problem, sparse: bool, libraries: Sequence[str], sms: int, left: dict[str, str]) -> list[Way]:
+    found = []
+    forms = (True, False) if sparse else (False,)
+    for form in forms:
+        problem = replace(product, sparse=form)
+        if OURS in libraries:
+            count = SPARSE_CONFIGS if form else DENSE_CONFIGS
+            found += [Way("gemm", OURS, problem, config) for config in gemm.candidates(problem, sms, count)]
+        library = "cusparselt" if form else "cublaslt"
+        if library in libraries:
+            reason = families.why_not("gemm", library, problem, None)
+            if reason is not None:
+                left[library] = reason
+            elif form:
+                found.append(Way("gemm", library, problem))
+            else:
+                found += [Way("gemm", library, problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
+    return found
+
+
+def in_dtype(values: Array, dtype: str) -> Array:
+    """Return fp32 values rounded to `dtype`; bf16 as its bits in uint16."""
+    if dtype == "bf16":
+        return np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint16)
+    return np.ascontiguousarray(values.astype({"fp16": np.float16, "fp32": np.float32}[dtype]))
+
+
+def weight_for(call: LayerCall, way: Way) -> Array:
+    """Return the call's weight as `way` reads it; for cuSPARSELt the dense form, which its `compress` takes."""
+    assert call.weight is not None
+    bits = in_dtype(call.weight, way.problem.dtype)
+    if way.family != "gemm":
+        return bits
+    rows = bits.reshape(way.problem.weight_rows, way.problem.inputs)
+    if way.library != OURS:
+        return rows
+    packed = pack(rows, dtype=way.problem.dtype, sparse=way.is_sparse, layer=call.name).data
+    return np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+
+
+def bias_for(call: LayerCall, way: Way) -> Array | None:
+    """Return the call's bias as `way` reads it."""
+    if call.bias is None:
+        return None
+    out = getattr(way.problem, "out_dtype", way.problem.dtype)
+    return in_dtype(call.bias, families.bias_dtype(way.library, out))

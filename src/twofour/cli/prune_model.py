@@ -1,0 +1,113 @@
+"""The ways in which `twofour prune` prunes a model: at once, within a budget, block by block; or one layer at a time to see the cost."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from twofour.cli.asked import Asked
+from twofour.cli.console import make_console, say
+from twofour.cli.steps import Steps
+from twofour.cli.tables import print_pruning, print_sensitivity
+from twofour.pruning import Pruning, Sensitivity, prune, prune_blocks, prune_within, reestimate_batchnorm, sensitivity
+from twofour.pruning.calibration import tracked_norms
+from twofour.pruning.methods import METHODS
+from twofour.pruning.methods.method import find_method
+from twofour.report.sensitivity import plot_sensitivity
+from twofour.sources import Task, load_weights, resolve_model, resolve_task
+from twofour.training import Checkpoint, calibration_batches, evaluate, evaluate_loss
+
+
+def run(name: str, data: str, weights: Path, out: Path, asked: Asked) -> None:
+    """Load the model, prune it as asked, write `out` and tell what it costs."""
+    find_method(asked.method, METHODS)
+    task = resolve_task(data)
+    module = resolve_model(name).make(task.num_classes)
+    load_weights(module, weights, spec=name)
+    console = make_console()
+    with Steps(console) as show:
+        if asked.sensitivity:
+            measured = _measure(module, task, out, asked, show)
+        elif asked.keep_dense is not None:
+            record, told, metric = _within(module, task, out, asked, show)
+        else:
+            record, told, metric = _at_once(module, task, asked, show)
+    if asked.sensitivity:
+        plot_sensitivity(measured, out.with_suffix(".svg"))
+        _tell_sensitivity(measured, out, console)
+        return
+    Checkpoint.of(module, task.metric.name, metric, model=name, data=data, pruning=record).save(out)
+    print_pruning(record, console)
+    say(console, f"{record}\n{task.metric.name}: {told}\n{out}")
+
+
+def _common(asked: Asked) -> dict[str, Any]:
+    return {"pattern": asked.pattern, "include": asked.include, "exclude": asked.exclude}
+
+
+def _at_once(module: nn.Module, task: Task, asked: Asked, show: Steps) -> tuple[Pruning, str, float]:
+    """Return the record, the metric told at each step, and the last of them."""
+    told = [f"dense {evaluate(module, task):.2f}"]
+    example = task.example_inputs()
+    calibrated = METHODS[asked.method].is_calibrated
+    batches = list(calibration_batches(task)) if calibrated or asked.by_block else None
+    if asked.by_block:
+        assert batches is not None
+        record = prune_blocks(module, example, batches, method=asked.method, resume=asked.resume, progress=show, **_common(asked))
+    else:
+        options = {**_common(asked), "method": asked.method, "permute": asked.permute}
+        record = prune(module, example, calibration=batches, reestimate=False, progress=show, **options)
+    metric = evaluate(module, task)
+    told.append(f"one-shot {record.pattern} {metric:.2f}")
+    if tracked_norms(module):
+        reestimate_batchnorm(module, calibration_batches(task), len(task.example_inputs()))
+        metric = evaluate(module, task)
+        told.append(f"with batch-norm re-estimated {metric:.2f}")
+    return record, ", ".join(told), metric
+
+
+def _needed(module: nn.Module, task: Task, asked: Asked) -> list[Any] | None:
+    """Return calibration batches where the method looks at them or batch-norm can be re-estimated on them."""
+    return list(calibration_batches(task)) if METHODS[asked.method].is_calibrated or tracked_norms(module) else None
+
+
+def _measure(module: nn.Module, task: Task, path: Path, asked: Asked, show: Steps) -> Sensitivity:
+    by_loss = asked.by == "loss"
+    of: Callable[[nn.Module, Task], float] = evaluate_loss if by_loss else evaluate
+    return sensitivity(
+        module,
+        task.example_inputs(),
+        lambda model: of(model, task),
+        metric="loss" if by_loss else task.metric.name,
+        direction="lower" if by_loss else task.metric.direction,
+        method=asked.method,
+        calibration=_needed(module, task, asked),
+        resume=path,
+        progress=show,
+        **_common(asked),
+    )
+
+
+def _within(module: nn.Module, task: Task, out: Path, asked: Asked, show: Steps) -> tuple[Pruning, str, float]:
+    assert asked.budget is not None
+    measured = _measure(module, task, out.with_suffix(".sensitivity.json"), asked, show)
+    done = prune_within(
+        module,
+        task.example_inputs(),
+        lambda model: evaluate(model, task),
+        measured,
+        asked.budget,
+        permute=asked.permute,
+        include=asked.include,
+        exclude=asked.exclude,
+        calibration=_needed(module, task, asked),
+        progress=show,
+    )
+    return done.pruning, f"dense {done.dense:.2f}, 2:4 {done.value:.2f}\n{done}", done.value
+
+
+def _tell_sensitivity(measured: Sensitivity, out: Path, console: Console) -> None:
+    print_sensitivity(measured, console)
+    say(console, f"{measured}\n{out}\n{out.with_suffix('.svg')}")

@@ -1,0 +1,86 @@
+"""What is verified before anything is called sparse, and after the engine is built."""
+
+import math
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from twofour.compress.trainings import SeedRun
+from twofour.exchange import Exported
+from twofour.exchange.export import reference_outputs, rounding_tolerance
+from twofour.report.record import Agreement, Check
+from twofour.runtime import Engine
+from twofour.sources import Task
+from twofour.training.evaluate import batches_of, loader
+
+MOST_LOST_POINTS = 0.5
+
+
+def check_pattern(run: SeedRun) -> Check:
+    """Every pruned weight is exactly +0 where its mask says so, after all training."""
+    wrong = 0
+    for name, mask in run.pruning.masks.items():
+        dropped = run.sparse.state[name][~mask]
+        wrong += int((dropped != 0).sum()) + int(torch.signbit(dropped).sum())
+    detail = f"{len(run.pruning.masks)} layers, {wrong} of the pruned weights are not +0"
+    return Check(name=f"masks held through training, seed {run.seed}", passed=wrong == 0, detail=detail)
+
+
+def check_export(variant: str, exported: Exported) -> Check:
+    """The file gives the module's outputs within rounding, and is 2:4 where the module is."""
+    detail = f"largest error {exported.largest_error:.1e}, allowed {exported.tolerance:.1e}"
+    if variant == "2:4":
+        required = [w for w in exported.inspection.weights if w.required]
+        detail += f"; {sum(w.is_24 for w in required)} of {len(required)} pruned layers 2:4 in the file"
+    return Check(name=f"ONNX equals the module, {variant}", passed=exported.largest_error <= exported.tolerance, detail=detail)
+
+
+def check_agreement(row: Agreement) -> Check:
+    """The engine predicts what torch predicts; a tie may fall to either side, so one item in a thousand may differ."""
+    detail = f"{row.differing_predictions} of {row.items} predictions differ, largest error {row.largest_error:.1e}"
+    passed = row.differing_predictions <= row.items / 1000 and math.isfinite(row.largest_error)
+    return Check(name=f"engine predicts what torch predicts, {row.variant}", passed=passed, detail=detail)
+
+
+def check_accuracy(runs: list[SeedRun], task: Task) -> list[Check]:
+    """2:4 stays within half a point of the control, for a metric in percent."""
+    if task.metric.unit != "%":
+        return []
+    sign = 1 if task.metric.direction == "higher" else -1
+    lost = sign * fmean(run.control.metric - run.sparse.metric for run in runs)
+    detail = f"{lost:+.2f} points lost against dense with the same training, allowed {MOST_LOST_POINTS}; mean of {len(runs)} seeds"
+    return [Check(name="accuracy kept", passed=lost <= MOST_LOST_POINTS, detail=detail.replace("-", "−"))]
+
+
+@torch.inference_mode()
+def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, batch: int = 256) -> Agreement:
+    """Return the engine against the module over the validation set.
+
+    Predictions are the classes of the largest outputs; of a task that is no classification, an item's prediction differs where one of
+    its outputs differs by more than rounding (see `rounding_tolerance`) explains.
+    """
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    targets: list[Tensor] = []
+    differing = 0
+    for inputs, target in batches_of(loader(task, "validation", batch)):
+        engine_outputs, outputs = engine(*inputs), model(*inputs)
+        if task.is_classification:
+            differing += int((engine_outputs.argmax(1) != outputs.argmax(1)).sum())
+        else:
+            single, double = reference_outputs(model, inputs)
+            far = (engine_outputs - outputs).abs() > rounding_tolerance(single, double)
+            differing += int(far.flatten(1).any(1).sum() if far.ndim > 1 else far.sum())
+        ours.append(engine_outputs)
+        theirs.append(outputs)
+        targets.append(target)
+    engine_all, torch_all, target_all = torch.cat(ours), torch.cat(theirs), torch.cat(targets)
+    return Agreement(
+        variant="2:4" if variant == "2:4" else "dense",
+        engine_metric=task.metric.function(engine_all, target_all),
+        torch_metric=task.metric.function(torch_all, target_all),
+        differing_predictions=differing,
+        items=len(target_all),
+        largest_error=float((engine_all - torch_all).abs().max()),
+    )

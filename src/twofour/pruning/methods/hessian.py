@@ -1,0 +1,61 @@
+"""XᵀX made safe to invert, its factor, and the output error it measures."""
+
+import torch
+from torch import Tensor
+
+from twofour.errors import InputError
+from twofour.pruning.statistics import Statistics
+
+# λ = 1 % of the mean diagonal. Source: Frantar and Alistarh 2023, arXiv 2301.00774, section 4 ("dampening").
+DAMPING = 0.01
+MOST_DAMPING = 1.0
+
+
+def damped(statistics: Statistics, share: float = DAMPING) -> Tensor:
+    """Return H = XᵀX + λI, λ = `share` · mean diagonal; the identity where every input is zero. `[columns, columns]`, a copy."""
+    assert statistics.hessian is not None
+    hessian = statistics.hessian.clone()
+    mean = hessian.diagonal().mean()
+    hessian.diagonal().add_(mean * share if bool(mean > 0) else 1.0)
+    return hessian
+
+
+def why_singular(statistics: Statistics) -> str:
+    """Return why XᵀX has no inverse, or an empty string where nothing is known against it."""
+    columns, dead = statistics.squares.numel(), int((statistics.squares == 0).sum())
+    if dead:
+        return f"{dead} of {columns} inputs are always zero"
+    return f"{statistics.rows} rows for {columns} columns" if statistics.rows < columns else ""
+
+
+def inverse_factor(statistics: Statistics) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the upper triangular U with UᵀU = H⁻¹, `[columns, columns]`, and notes; H damped until it can be factored.
+
+    H = A·Aᵀ with A upper triangular is the Cholesky factorisation of H with both axes reversed, and U = A⁻¹.
+
+    Raises:
+        InputError: not even a diagonal as large as its own mean makes H positive definite.
+    """
+    reason, share = why_singular(statistics), DAMPING
+    while share <= MOST_DAMPING:
+        # At most three matrices of the size of H live at once beside it.
+        factor, info = torch.linalg.cholesky_ex(damped(statistics, share).flip(0, 1))
+        if not int(info):
+            factor = factor.flip(0, 1)
+            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            return torch.linalg.solve_triangular(factor, identity, upper=True), damping_note(reason, share)
+        reason, share = reason or "its rounding errors outweigh its smallest eigenvalue", 10 * share
+    raise InputError("XᵀX cannot be factored even when damped by its mean diagonal, expected finite inputs of like scale; check the data")
+
+
+def damping_note(reason: str, share: float) -> tuple[str, ...]:
+    """Return the sentence that says a singular Hessian was damped, or nothing where it was sound."""
+    return (f"Hessian singular ({reason}), damped by {100 * share:g} % of its mean diagonal",) if reason else ()
+
+
+def output_errors(matrix: Tensor, new: Tensor, statistics: Statistics) -> tuple[float, float]:
+    """Return ‖X(Ŵ − W)ᵀ‖² = tr(ΔHΔᵀ) and ‖XWᵀ‖² = tr(WHWᵀ), H undamped, in the precision of H."""
+    assert statistics.hessian is not None
+    hessian = statistics.hessian
+    dense, change = matrix.to(hessian.dtype), (new - matrix).to(hessian.dtype)
+    return float(((change @ hessian) * change).sum()), float(((dense @ hessian) * dense).sum())

@@ -1,0 +1,91 @@
+"""A whole engine without a GPU: import, passes, ways, assembly, the plan file, the runtime; steps computed by oracles."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from oracle_gpu import OracleGpu, Serialised, first_ways
+from toy_networks import IMAGE, NETWORKS, export
+
+from twofour.builder.assemble import Assembler, forced
+from twofour.builder.gpu import record_of
+from twofour.builder.gpus import GPUS
+from twofour.builder.lower import Front
+from twofour.builder.memory import plan_memory
+from twofour.builder.record import LayerRecord
+from twofour.builder.specs import spec_of
+from twofour.exchange.inspect import parse_onnx_file
+from twofour.plan import Plan
+from twofour.runtime.backends.cuda import CudaBackend
+
+
+@pytest.fixture(autouse=True)
+def no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are the oracle's: no library is opened for them."""
+    monkeypatch.setattr(CudaBackend, "_handle", lambda self: None)
+
+
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+
+
+def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bool = False) -> tuple[Plan, list[LayerRecord]]:
+    model = parse_onnx_file(path)
+    inputs = tuple(spec_of(v, "input") for v in model.graph.inputs)
+    outputs = tuple(spec_of(v, "output") for v in model.graph.outputs)
+    front, assembler, programs = Front(path), Assembler(inputs, outputs, 132), []
+    rows: list[LayerRecord] = []
+    for batch in batches:
+        lowered = front.lower(batch, precision)
+        if force:
+            lowered = dataclasses.replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        chosen = first_ways(lowered)
+        memory = plan_memory(lowered.buffers())
+        programs.append(assembler.program(lowered, memory, chosen, [Serialised() for _ in chosen], [None] * len(chosen)))  # type: ignore[misc]
+        rows += record_of("model", lowered, memory, chosen, GPUS["H200"]).layers
+        assert memory.peak_bytes <= 1.1 * memory.bound_bytes
+    needs = {"cublaslt": "1", "cudnn": "1", "cusparselt": "1"}
+    plan = Plan("cuda", "cuda", precision, "auto", inputs, outputs, assembler.payload.tensors, batches, {}, tuple(programs), {}, needs)
+    return plan, rows
+
+
+@pytest.mark.parametrize(("name", "precision"), [(name, "fp16") for name in NETWORKS] + [("resnet", "bf16"), ("vit", "bf16")])
+def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: str, precision: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export(name, path)
+    plan, rows = assembled(path, (2,), precision)
+    plan.save(tmp_path / "model.plan")
+    gpu = OracleGpu()
+    backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)
+    x = np.random.default_rng(0).standard_normal((3, 3, IMAGE, IMAGE)).astype(np.float32)
+    y = backend.call([x])
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    wanted = np.concatenate([session.run(None, {session.get_inputs()[0].name: x[i : i + 1]})[0] for i in range(3)])
+    # Every layer rounds its result once; the errors of L layers add as square roots, and a network amplifies some of them.
+    layers = sum(bool(row.flops) for row in rows)
+    limit = 8 * ROUNDING[precision] * np.sqrt(layers) * np.abs(wanted).max()
+    assert np.abs(y - wanted).max() <= limit
+
+
+def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export("resnet", path)
+    plan, rows = assembled(path, (1,), "fp16", force=True)
+    eligible = [row for row in rows if row.eligible]
+    assert eligible
+    assert all(row.sparse for row in eligible)
+    plan.save(tmp_path / "model.plan")
+    gpu = OracleGpu()
+    backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)
+    assert np.isfinite(backend.call([np.zeros((1, 3, IMAGE, IMAGE), np.float32)])).all()
+
+
+def test_equal_weights_of_two_batch_sizes_are_held_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export("resnet", path)
+    one, _ = assembled(path, (1,), "fp16")
+    two, _ = assembled(path, (1, 2), "fp16")
+    weights = [{n for n in plan.payload if n.startswith(("weight.", "bias."))} for plan in (one, two)]
+    assert weights[0] <= weights[1]
+    assert len(weights[1]) < 2 * len(weights[0])
