@@ -28,10 +28,12 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_stated_error_is_that_of_the_recorded_measurements() -> None:
     rows = json.loads(MEASURED.read_text())["rows"]
-    assert measured_error(rows, GPUS["H200"], sparse=False) == H200_ERROR["dense"]
-    assert measured_error(rows, GPUS["H200"], sparse=True) == H200_ERROR["2:4"]
-    assert H200_ERROR["dense"].median < 0.1
-    assert H200_ERROR["2:4"].median < 0.1
+    for kind, stated in H200_ERROR.items():
+        found = measured_error(rows, GPUS["H200"], sparse=kind == "2:4")
+        # Whole percents are printed; kernels timed anew may move them by one.
+        assert (found.median, found.p90) == pytest.approx((stated.median, stated.p90), abs=0.01), (kind, found)
+        assert found.n == stated.n
+        assert found.median < 0.1
 
 
 def test_peak_rates_are_twice_as_high_sparse_and_have_a_source() -> None:

@@ -258,6 +258,12 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
         ["Linear"],
         ("float[3,4] x, float[1,8] r", "a = MatMul(x, w) y = Add(a, r)", {"w": M48}),
     ),
+    "epilogue: residual that is repeated": (
+        passes.Epilogues,
+        ("float[3,4] x, float[3,8] r", "a = MatMul(x, w) y = Add(a, r)", {"w": M48}),
+        ["Linear"],
+        ("float[3,4] x, float[1,8] r", "e = Expand(r, s) a = MatMul(x, w) y = Add(a, e)", {"w": M48, "s": i(3, 8)}),
+    ),
     "epilogue: a scale behind a transpose": (
         passes.Epilogues,
         (TOKENS, "a = MatMul(x, w) t = Transpose <perm=[0,2,1]> (a) y = Mul(t, s)", {"w": M48, "s": normal(8, 1)}),
@@ -333,6 +339,16 @@ def test_a_repeat_over_the_batch_is_not_folded_where_reading_it_costs_nothing() 
     model = small("float[N,2,4] x", body.format("y = Concat <axis=1> (c, x)"), o=i(1), t=normal(1, 1, 4))
     assert kinds(model) == ["Expand", "Concat"]
     assert kinds(small("float[N,2,4] x", body.format("d = Exp(c) y = Concat <axis=1> (d, x)"), o=i(1), t=normal(1, 1, 4))) == ["Concat"]
+
+
+def test_a_reshape_may_cut_across_axes_that_follow_each_other() -> None:
+    model = before(passes.SinkTransposes, small("float[2,8,7] x", "a = Relu(x) b = Reshape(a, s) y = Exp(b)", s=i(2, 7, 8)))
+    assert applied(passes.SinkTransposes(), model)
+    assert kinds(model) == ["Pointwise", "View", "Pointwise"]
+    body = "t = Transpose <perm=[0,2,1]> (x) b = Reshape(t, s) y = Exp(b)"
+    model = before(passes.SinkTransposes, small("float[2,8,6] x", body, s=i(2, 4, 12)))
+    assert applied(passes.SinkTransposes(), model)
+    assert kinds(model).count("Copy") == 1
 
 
 def test_folding_keeps_the_zeros_of_a_pruned_weight() -> None:

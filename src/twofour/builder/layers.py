@@ -139,7 +139,8 @@ class Emitter:
         operands = self._operands(node, "x", "weight", "bias", "residual")
         x, d = self.places[operands["x"]], self.places[operands["d"]]
         outputs, inputs = shape_of(node.inputs[1])
-        for place in (x, d):
+        residual = [self.places[operands["residual"]]] if "residual" in operands else []
+        for place in (x, d, *residual):
             assert place.is_contiguous, f"{place} of {node.name} is a slice"
         epilogue = gemm.Epilogue(attribute(node, "activation", "none"), bias=self._has(node, 2), residual="residual" in operands)
         problem = gemm.Problem(prod(x.shape[:-1]), outputs, inputs, x.dtype, d.dtype, False, epilogue)

@@ -86,7 +86,7 @@ class Strided:
 
     def reshaped(self, shape: Sequence[int]) -> "Strided | None":
         """Return the same elements with another shape, None where that needs a copy."""
-        axes = split(tuple(factor for axis in self.axes for factor in axis), shape)
+        axes = split(coalesced(tuple(factor for axis in self.axes for factor in axis)), shape)
         return None if axes is None else replace(self, axes=axes)
 
     def sliced(self, axis: int, start: int, count: int, step: int = 1) -> "Strided | None":

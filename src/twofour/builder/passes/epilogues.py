@@ -18,17 +18,25 @@ from twofour.builder.graph import (
 from twofour.builder.passes.batch_norm import bias_of, fold_into
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import is_sum_of_two, program_of, unary_of
+from twofour.builder.strided import row_major
 from twofour.kernels.conv import contract as conv
 from twofour.kernels.gemm import contract as gemm
 
 ACTIVATIONS = {"Conv": conv.ACTIVATIONS, "Linear": gemm.ACTIVATIONS}
 
 
+def is_packed(value: ir.Value) -> bool:
+    """Whether a value's elements follow each other in its own order: computed ones do, views may not."""
+    node = producer(value)
+    return not is_fused(node, "View") or tuple(attribute(node, "strides")) == row_major(shape_of(value))
+
+
 class Epilogues(Rewrite):
     """Fuses a Pointwise behind a Conv or Linear that only it reads: y = activation(sums + bias + residual).
 
     0. A constant, one number a channel, that multiplies or is added: into weight and bias (a scale that a transpose had hidden before).
-    1. A sum with a value of the same shape becomes the residual; of two layers the later one takes it, so that the other is done.
+    1. A sum with a value of the same shape that lies without gaps or repeats becomes the residual; of two layers the later one takes it,
+       so that the other is done.
     2. An activation that the family's kernels have. After it nothing more is fused: the epilogue's order is fixed.
     """
 
@@ -81,7 +89,7 @@ class Epilogues(Rewrite):
         found = []
         for index in (0, 1):
             layer = self._open(node.inputs[index], node)
-            if layer is not None and len(layer.inputs) < 4:
+            if layer is not None and len(layer.inputs) < 4 and is_packed(node.inputs[1 - index]):
                 found.append((places[id(layer)], layer, node.inputs[1 - index]))
         if not found:
             return None
