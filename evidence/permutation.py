@@ -109,7 +109,7 @@ def networks_of_seed(seed: int, count: int) -> dict[str, Any]:
     """Return the outcome of `count` random networks."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return {"seed": seed, **dataclasses.asdict(trial(count, seed=seed))}
+    return {"seed": seed, **dataclasses.asdict(trial(count, seed=seed)), "torch": torch.__version__}
 
 
 def measure_networks(path: Path, count: int, seed: int, jobs: int) -> None:
