@@ -61,7 +61,7 @@ def run(family: str, library: str, problem: Any, operands: dict[str, torch.Tenso
     first = d.clone()
     call(addresses, workspace.data_ptr(), stream)
     torch.cuda.synchronize()
-    assert torch.equal(first, d), "a second run gave another result"
+    assert torch.equal(first.view(torch.uint8), d.view(torch.uint8)), "a second run gave other bits"
     assert (d[-guard:] == torch.full((guard,), 77, device="cuda").to(d.dtype)).all(), "the kernel wrote behind the output"
     return d[:-guard]
 
