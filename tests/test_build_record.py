@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import onnx
@@ -129,3 +130,20 @@ def test_options_of_the_other_device_are_refused(tmp_path: Path) -> None:
         twofour.build(path, device="cuda", tactics="mine", precision="fp16")
     with pytest.raises(InputError, match=r"precision 'fp32' is not one of the GPU engine's, expected one of \['fp16', 'bf16'\]"):
         twofour.build(path, device="cuda")
+
+
+def test_the_command_prints_every_batch_size_and_writes_its_page(tmp_path: Path, record: BuildRecord) -> None:
+    about = {"builds": [record.to_json(), {**record.to_json(), "batch": 9}], "sparse_kernels": True, "note": "the accuracy is gone"}
+    plan = SimpleNamespace(about=about, save=lambda path: Path(path).write_text("plan"), __str__=lambda: "plan")
+    arguments = ["build", "net.onnx", "-o", str(tmp_path / "net.plan"), "--device", "cuda", "--precision", "fp16"]
+    with patch("twofour.builder.build", return_value=plan):
+        result = CliRunner().invoke(command_line, [*arguments, "--report", str(tmp_path / "page.html")], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.output.count(record.layers[0].name) >= 2
+    assert "the accuracy is gone" in result.output
+    assert sorted(p.name for p in tmp_path.glob("*.html")) == sorted([f"page-{record.batch}.html", "page-9.html"])
+
+
+def test_a_page_of_a_build_for_the_cpu_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command_line, ["build", "net.onnx", "-o", str(tmp_path / "p"), "--report", "page.html"])
+    assert "build: --report shows what was timed on a GPU, expected --device cuda" in str(result.exception)

@@ -62,7 +62,7 @@ def build(
     """Return the plan that runs the ONNX file at `path` on `device`.
 
     On the CPU the backend is ONNX Runtime in fp32; it has no sparse kernel, and the plan's `about` says so. On a GPU every layer is timed
-    in every way that can compute it, and the fastest is taken; `about["layers"]` holds the times and the reasons.
+    in every way that can compute it, and the fastest is taken; `about["builds"]` holds the times and the reasons, a record a batch size.
 
     Args:
         batch: batch sizes to tune for; empty means any on the CPU, 1 on a GPU.

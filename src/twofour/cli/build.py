@@ -1,10 +1,16 @@
 """`twofour build`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from twofour.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from twofour.plan import Plan
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -27,7 +33,10 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--sparsity", default="auto", show_default=True, help="auto, off or force.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--tactics", default="all", show_default=True, help="GPU: all, or ours for a plan that needs only the driver.")
-@click.option("--timing-cache", type=options.PATH, help="GPU: folder in which timings are kept.")
+@click.option("--timing-cache", type=options.PATH, help="GPU: file in which timings are kept and found.")
+@click.option(
+    "--report", type=options.PATH, help="GPU: the build report as a page; for several batch sizes a page each, named by the size."
+)
 @click.option("--fallback", is_flag=True, help="GPU: run operators that the engine lacks on the CPU, with ONNX Runtime.")
 def command(
     onnx: Path,
@@ -39,23 +48,51 @@ def command(
     tactics: str,
     timing_cache: Path | None,
     fallback: bool,
+    report: Path | None,
 ) -> None:
     """Build a plan from an ONNX file."""
     from twofour.builder import build
+    from twofour.cli.console import make_console, say
+    from twofour.cli.steps import Steps
+    from twofour.errors import InputError
     from twofour.files import refuse_same
 
     refuse_same(out, onnx)
-    plan = build(
-        onnx,
-        batch=sizes(batch),
-        precision=precision,
-        sparsity=sparsity,
-        device=device,
-        tactics=tactics,
-        timing_cache=timing_cache,
-        fallback=fallback,
-    )
+    if report is not None and device != "cuda":
+        raise InputError("build: --report shows what was timed on a GPU, expected --device cuda; leave it out")
+    console = make_console()
+    with Steps(console) as show:
+        plan = build(
+            onnx,
+            batch=sizes(batch),
+            precision=precision,
+            sparsity=sparsity,
+            device=device,
+            tactics=tactics,
+            timing_cache=timing_cache,
+            fallback=fallback,
+            progress=lambda done, total, layer: show("timing layers", done, total),
+        )
     plan.save(out)
-    click.echo(f"{plan}\n{out}")
+    if "builds" in plan.about:
+        _tell_builds(plan, console, report)
+    say(console, plan, out)
+    if "note" in plan.about:
+        say(console, plan.about["note"])
     if not plan.about["sparse_kernels"]:
-        click.echo(f"no sparse kernels: {plan.about['why_no_sparse_kernels']}")
+        say(console, f"no sparse kernels: {plan.about['why_no_sparse_kernels']}")
+
+
+def _tell_builds(plan: "Plan", console: "Console", page: Path | None) -> None:
+    """Print the build report of every batch size, and write its page."""
+    import json
+
+    from twofour.builder import BuildRecord
+    from twofour.cli.tables import print_build
+    from twofour.report.build_page import write_build
+
+    records = [BuildRecord.from_json(json.dumps(data)) for data in plan.about["builds"]]
+    for record in records:
+        print_build(record, console)
+        if page is not None:
+            write_build(record, page if len(records) == 1 else page.with_stem(f"{page.stem}-{record.batch}"))

@@ -23,7 +23,8 @@ from twofour.pattern.pack_sm90 import pack
 LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
 SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
 CUBLASLT_ALGORITHMS = 3
-MOST_CUDNN = 3  # of the plans that ran alone, the fastest are timed against the other ways
+TRIED_CUDNN = 4  # plans a layer; more than twenty layers with twelve plans each took minutes
+MOST_CUDNN = 2  # of the plans that ran alone, the fastest are timed against the other ways
 _CANDIDATES: dict[str, Any] = {"pointwise": pointwise.candidates, "pool": pool.candidates, "resize": pool.candidates}
 _CANDIDATES["reduce"] = reduce.candidates
 
@@ -93,7 +94,7 @@ def cudnn_trial(call: LayerCall) -> Trial | str | None:
     reason = families.why_not(call.family, "cudnn", call.problem, None)
     if reason is not None:
         return reason
-    return Trial(call.family, call.problem, fused=call.family != "conv" or is_fusible(call.problem))
+    return Trial(call.family, call.problem, fused=call.family != "conv" or is_fusible(call.problem), most=TRIED_CUDNN)
 
 
 def cudnn_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
