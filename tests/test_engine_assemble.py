@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from graphs import FOLDER, network
 from oracle_gpu import OracleGpu, Serialised, first_ways
-from toy_networks import IMAGE, NETWORKS, export
 
 from twofour.builder.assemble import Assembler, forced
 from twofour.builder.gpu import record_of
@@ -27,6 +28,7 @@ def no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaBackend, "_handle", lambda self: None)
 
 
+NETWORKS = sorted(path.name.removesuffix(".onnx.gz") for path in FOLDER.glob("*.onnx.gz"))
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
@@ -53,12 +55,13 @@ def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bo
 @pytest.mark.parametrize(("name", "precision"), [(name, "fp16") for name in NETWORKS] + [("resnet", "bf16"), ("vit", "bf16")])
 def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: str, precision: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    export(name, path)
+    onnx.save(network(name), path)
     plan, rows = assembled(path, (2,), precision)
     plan.save(tmp_path / "model.plan")
     gpu = OracleGpu()
     backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)
-    x = np.random.default_rng(0).standard_normal((3, 3, IMAGE, IMAGE)).astype(np.float32)
+    shape = tuple(3 if size is None else size for size in plan.inputs[0].shape)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     y = backend.call([x])
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     wanted = np.concatenate([session.run(None, {session.get_inputs()[0].name: x[i : i + 1]})[0] for i in range(3)])
@@ -70,7 +73,7 @@ def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: 
 
 def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    export("resnet", path)
+    onnx.save(network("resnet"), path)
     plan, rows = assembled(path, (1,), "fp16", force=True)
     eligible = [row for row in rows if row.eligible]
     assert eligible
@@ -78,12 +81,13 @@ def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> No
     plan.save(tmp_path / "model.plan")
     gpu = OracleGpu()
     backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)
-    assert np.isfinite(backend.call([np.zeros((1, 3, IMAGE, IMAGE), np.float32)])).all()
+    shape = tuple(size or 1 for size in plan.inputs[0].shape)
+    assert np.isfinite(backend.call([np.zeros(shape, np.float32)])).all()
 
 
 def test_equal_weights_of_two_batch_sizes_are_held_once(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    export("resnet", path)
+    onnx.save(network("resnet"), path)
     one, _ = assembled(path, (1,), "fp16")
     two, _ = assembled(path, (1, 2), "fp16")
     weights = [{n for n in plan.payload if n.startswith(("weight.", "bias."))} for plan in (one, two)]

@@ -6,6 +6,10 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 from twofour.errors import InputError, UnsupportedError
@@ -50,6 +54,10 @@ class Cache:
         compiled = compile_source(source, arch, options)
         self._write(key, source, compiled)
         return compiled
+
+    def has(self, source: Source, arch: str = ARCH, options: tuple[str, ...] = ()) -> bool:
+        """Return whether `source` is in the cache, whole."""
+        return self._read(self.key(source, arch, options)) is not None
 
     def _read(self, key: str) -> Compiled | None:
         place = self.folder / key[:2] / key
@@ -106,3 +114,29 @@ def default_cache() -> Cache:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "twofour"
     )
     return Cache(Path(folder) / "kernels", may_compile=os.environ.get("TWOFOUR_NO_COMPILE", "0") in ("", "0"))
+
+
+def fill_cache(sources: Iterable[Source], jobs: int | None = None) -> int:
+    """Compile those of `sources` that the default cache lacks, several at once, and return how many those were.
+
+    The compiler takes a second a kernel on one core and an engine tries about a hundred. A kernel that does not compile is left for the
+    one who asks for it by name.
+
+    Args:
+        jobs: processes; None takes one a core.
+    """
+    cache = default_cache()
+    missing = [source for source in dict.fromkeys(sources) if not cache.has(source)]
+    if not cache.may_compile:
+        return 0
+    if len(missing) == 1:
+        _fill(missing[0])
+    elif missing:
+        with ProcessPoolExecutor(min(jobs or os.cpu_count() or 1, len(missing)), get_context("spawn")) as pool:
+            list(pool.map(_fill, missing))
+    return len(missing)
+
+
+def _fill(source: Source) -> None:
+    with suppress(UnsupportedError):
+        default_cache().get(source)

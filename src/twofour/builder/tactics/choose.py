@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
 from twofour.builder.tactics.ways import LIBRARIES, Way, cudnn_trial, cudnn_ways, ways_of, weight_for
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.files import write_text
+from twofour.jit.cache import fill_cache
 from twofour.jit.driver import num_sms
 from twofour.kernels import families
-from twofour.kernels.launchable import sources_digests
+from twofour.kernels.launchable import kernel_source, sources_digests
 from twofour.kernels.records import to_plain
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,12 @@ def _read_way(data: Any) -> Way:
     return Way(data["family"], data["library"], problem, config, None if data["algorithm"] is None else int(data["algorithm"]))
 
 
+def _read_outcome(data: Any) -> Outcome:
+    times = {int(plan): float(us) for plan, us in data["times_us"].items()}
+    left_out = {int(plan): str(why) for plan, why in data["left_out"].items()}
+    return Outcome(times, left_out, None if data["reason"] is None else str(data["reason"]))
+
+
 def key_of(call: LayerCall, sparsity: str, libraries: Sequence[str]) -> str:
     """Return what decides a choice on one machine, as a digest."""
     sparse = call.is_24 and sparsity != "off"
@@ -81,6 +88,7 @@ class Remembered:
             InputError: it is no timing cache.
         """
         self.path, self.entries = path, {}
+        self.trials: dict[str, Outcome] = {}
         self.head = {"schema": CACHE_SCHEMA, "kind": "timing cache", "machine": machine}
         if path is None or not path.exists():
             return
@@ -88,9 +96,10 @@ class Remembered:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored.pop("kind") != "timing cache":
                 raise ValueError("its kind is another")
-            entries = stored.pop("entries")
+            entries, trials = stored.pop("entries"), stored.pop("trials")
             if stored == {k: v for k, v in json.loads(json.dumps(self.head)).items() if k != "kind"}:
                 self.entries = dict(entries)
+                self.trials = {str(key): _read_outcome(data) for key, data in trials.items()}
             else:
                 log.warning("timing cache %s was made on another machine or by other versions and is measured anew", path)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
@@ -117,7 +126,8 @@ class Remembered:
     def save(self) -> None:
         """Write the file aside and rename it."""
         if self.path is not None:
-            write_text(self.path, json.dumps({**self.head, "entries": self.entries}, indent=1) + "\n")
+            trials = {key: asdict(outcome) for key, outcome in self.trials.items()}
+            write_text(self.path, json.dumps({**self.head, "entries": self.entries, "trials": trials}, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -162,12 +172,15 @@ def choose_all(
             wanted.setdefault(key_of(call, sparsity, libraries), call)
     known = {key: found for key in wanted if (found := remembered.get(key)) is not None}
     todo = {key: call for key, call in wanted.items() if key not in known}
-    trials, outcomes = _tried(todo, libraries, device)
+    sms = num_sms(device)
+    listed = {key: ways_of(call, sparsity=sparsity, libraries=libraries, sms=sms) for key, call in todo.items()}
+    fill_cache(kernel_source(w.family, w.problem, w.config, sms) for ways, _ in listed.values() for w in ways if w.library == families.OURS)
+    trials, outcomes = _tried(todo, libraries, device, remembered)
     refused: dict[str, str] = {}
     for number, (key, call) in enumerate(todo.items()):
         if progress is not None:
             progress(number, len(todo), call.name)
-        ways, left = ways_of(call, sparsity=sparsity, libraries=libraries, sms=num_sms(device))
+        ways, left = listed[key]
         if key in outcomes:
             ways += cudnn_ways(trials[key], outcomes[key], left)
         elif "cudnn" in libraries and isinstance(reason := cudnn_trial(call), str):
@@ -187,18 +200,24 @@ def choose_all(
     return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]
 
 
-def _tried(todo: dict[str, LayerCall], libraries: Sequence[str], device: int) -> tuple[dict[str, Trial], dict[str, Outcome]]:
-    """What came of trying cuDNN's plans in a process of their own, by the calls' keys."""
+def _tried(
+    todo: dict[str, LayerCall], libraries: Sequence[str], device: int, remembered: Remembered
+) -> tuple[dict[str, Trial], dict[str, Outcome]]:
+    """What came of trying cuDNN's plans in a process of their own, by the calls' keys; calls that differ in their weights share a trial."""
     if "cudnn" not in libraries:
         return {}, {}
     trials = {key: trial for key, call in todo.items() if isinstance(trial := cudnn_trial(call), Trial)}
-    if not trials:
-        return {}, {}
+    new = {name: trial for trial in trials.values() if (name := _trial_key(trial)) not in remembered.trials}
     try:
-        outcomes = try_plans(list(trials.values()), device)
+        remembered.trials |= dict(zip(new, try_plans(list(new.values()), device) if new else [], strict=True))
     except TwofourError as e:
-        outcomes = [Outcome(reason=str(e)) for _ in trials]
-    return trials, dict(zip(trials, outcomes, strict=True))
+        return trials, {key: Outcome(reason=str(e)) for key in trials}
+    return trials, {key: remembered.trials[_trial_key(trial)] for key, trial in trials.items()}
+
+
+def _trial_key(trial: Trial) -> str:
+    text = json.dumps([trial.family, to_plain(trial.problem), trial.fused, trial.most], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _fastest(bench: Bench, call: LayerCall, ways: Sequence[Way], left: dict[str, str]) -> Chosen | None:
