@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_oneshot import CifarResNet, load, sources_digest
-from fleet import Images, Member, Recipe, accuracy_percent, train_together
+from fleet import Images, Member, Recipe, accuracy_percent, leave_default_stream, train_together
 from PIL import Image
 from torch import Tensor
 
@@ -82,6 +82,7 @@ def main() -> None:
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.backends.cudnn.benchmark = True
+    leave_default_stream()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels, labels = (t[: a.images] for t in read_bytes(a.folder / "cifar10", "tr"))
     kept = len(labels) - HELD_OUT if a.search and a.images is None else len(labels)

@@ -41,6 +41,15 @@ class Recipe:
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def leave_default_stream() -> None:
+    """Put all further work of this thread on a stream of its own, before the first Member is made.
+
+    NOTE: a gradient accumulator made on the default stream would pull that stream into a capture, which CUDA forbids.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
 class Images:
     """Images as bytes `[n, 3, 40, 40]` with a black border, and labels, on the device."""
 
