@@ -7,14 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from click.testing import CliRunner
+from graphs import network
 
+from twofour.builder import gpu, measure_gain
 from twofour.builder.lower import LayerCall
 from twofour.builder.tactics import choose
 from twofour.builder.tactics.bench import Timed
 from twofour.builder.tactics.choose import choose_all
 from twofour.builder.tactics.untrusted import Outcome, Trial
 from twofour.builder.tactics.ways import Way, bias_for, ways_of, weight_for
+from twofour.cli.group import twofour as command_line
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.jit import cache as jit_cache
 from twofour.kernels.conv import contract as conv
@@ -176,3 +181,25 @@ def test_a_cache_is_filled_by_several_processes(tmp_path: Path, monkeypatch: pyt
     assert jit_cache.fill_cache([*sources, *sources, broken], jobs=2) == 3
     assert [jit_cache.default_cache().has(s) for s in (*sources, broken)] == [True, True, False]
     assert jit_cache.fill_cache(sources) == 0
+
+
+def test_a_gain_is_measured_on_a_pruned_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "require_gpu", lambda device=0: (9, 0))
+    monkeypatch.setattr(gpu, "Bench", lambda watch, device: FakeBench(lambda way: 1.0 if way.is_sparse else 2.0, "NVIDIA H200"))
+    monkeypatch.setattr("twofour.timing.gpu.Stopwatch", lambda device: None)
+    path = tmp_path / "net.onnx"
+    onnx.save(network("resnet"), path)
+    before = path.read_bytes()
+    (dense, sparse), *rest = measure_gain(path, batches=(2, 8), precision="fp16")
+    assert [s.batch for _, s in rest] == [8]
+    assert not any(layer.sparse for layer in dense.layers)
+    assert [layer.sparse for layer in sparse.layers] == [layer.eligible for layer in sparse.layers]
+    assert dense.total_us - sparse.total_us == sum(layer.eligible for layer in sparse.layers)
+    assert path.read_bytes() == before
+    result = CliRunner().invoke(command_line, ["estimate", str(path), "--batch", "2"], catch_exceptions=False)
+    assert "Sums of layers timed one by one here" in result.output
+    assert f"{dense.total_us / sparse.total_us:.2f}×" in result.output
+    read = json.loads(CliRunner().invoke(command_line, ["estimate", str(path), "--batch", "2", "--json"]).output)
+    assert read[0]["kind"] == "measurement"
+    predicted = CliRunner().invoke(command_line, ["estimate", str(path), "--batch", "2", "--predict"], catch_exceptions=False)
+    assert "A prediction from data-sheet rates, not a measurement" in predicted.output

@@ -2,6 +2,7 @@
 
 from twofour.builder.build import build
 from twofour.builder.estimate import Estimate, estimate
+from twofour.builder.gpu import measure_gain
 from twofour.builder.record import BuildRecord, LayerRecord
 
-__all__ = ["BuildRecord", "Estimate", "LayerRecord", "build", "estimate"]
+__all__ = ["BuildRecord", "Estimate", "LayerRecord", "build", "estimate", "measure_gain"]

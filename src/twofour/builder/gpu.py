@@ -135,6 +135,41 @@ def build_gpu(
     )
 
 
+def measure_gain(
+    path: Path,
+    *,
+    batches: Sequence[int],
+    precision: str,
+    timing_cache: Path | None = None,
+    fallback: bool = False,
+    device: int = 0,
+    progress: Progress | None = None,
+) -> list[tuple[BuildRecord, BuildRecord]]:
+    """Return what 2:4 would buy the ONNX file at `path` on GPU `device`, measured: a pair of build reports a batch size.
+
+    The first is the network as it is without 2:4 kernels; the second a copy pruned by magnitude wherever a 2:4 kernel could compute a
+    layer, each layer in its fastest way. Layers are timed one by one; no engine is made, and the copy's accuracy is gone.
+
+    Raises:
+        InputError, UnsupportedError, MissingExtraError: as `build` for a GPU.
+    """
+    from twofour.timing.gpu import Stopwatch
+
+    ready = prepare(path, batches, precision, fallback)
+    require_gpu(device)
+    bench = Bench(Stopwatch(device), device)
+    gpu = _gpu_of(bench.watch.meter.machine()["gpu"])
+    found = []
+    for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
+        pruned = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        pair = []
+        for network, sparsity in ((lowered, "off"), (pruned, "auto")):
+            chosen = choose_all(network.calls, sparsity=sparsity, cache=timing_cache, device=device, progress=progress, bench=bench)
+            pair.append(record_of(path.name, network, memory, chosen, gpu))
+        found.append((pair[0], pair[1]))
+    return found
+
+
 def _made_on_gpu(lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[Launchable]) -> list[Array | None]:
     """What cuSPARSELt makes of its weights, copied back; None for the ways whose weights are made on the host."""
     calls = [call for call in lowered.calls if call.family != "fallback"]

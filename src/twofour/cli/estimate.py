@@ -14,11 +14,23 @@ from twofour.cli.build import sizes
 @click.option("--batch", default="1,32", show_default=True, metavar="N,N,…", help="Batch sizes.")
 @click.option("--precision", default="fp16", show_default=True, help="fp16 or bf16.")
 @click.option("--fallback", is_flag=True, help="Leave operators that the engine lacks out of the sum.")
+@click.option("--predict", is_flag=True, help="Predict also where a GPU is at hand to measure on.")
+@click.option("--timing-cache", type=options.PATH, help="File in which a measurement's timings are kept and found.")
 @options.json_option
-def command(onnx: Path, gpus: tuple[str, ...], batch: str, precision: str, fallback: bool, as_json: bool) -> None:
-    """Predict what 2:4 would buy ONNX before anything is retrained, from data-sheet rates; nothing is measured.
+def command(
+    onnx: Path,
+    gpus: tuple[str, ...],
+    batch: str,
+    precision: str,
+    fallback: bool,
+    predict: bool,
+    timing_cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what 2:4 would buy ONNX before anything is retrained.
 
-    Every layer that a 2:4 kernel could compute is taken as if it were pruned; one that 2:4 would not help stays dense.
+    Where a Hopper GPU is at hand every layer is timed there, dense and, in a copy pruned by magnitude, 2:4. Elsewhere, with --gpu or with
+    --predict, it is predicted from data-sheet rates. One that 2:4 would not help stays dense.
     """
     import json
 
@@ -26,6 +38,9 @@ def command(onnx: Path, gpus: tuple[str, ...], batch: str, precision: str, fallb
     from twofour.cli.console import make_console
     from twofour.cli.tables import print_estimate_layers, print_estimates
 
+    if not gpus and not predict and _has_gpu():
+        _measure(onnx, sizes(batch), precision, fallback, timing_cache, as_json)
+        return
     predictions = estimate(onnx, gpus=gpus, batch=sizes(batch), precision=precision, fallback=fallback)
     if as_json:
         click.echo(json.dumps([one.to_json() for one in predictions], indent=1))
@@ -35,3 +50,41 @@ def command(onnx: Path, gpus: tuple[str, ...], batch: str, precision: str, fallb
         for one in predictions:
             print_estimate_layers(one, console)
     print_estimates(predictions, console)
+
+
+def _has_gpu() -> bool:
+    """Whether a GPU that our kernels run on is here."""
+    from twofour.builder.gpu import require_gpu
+    from twofour.errors import TwofourError
+    from twofour.kernels.loading import HOPPER
+
+    try:
+        return require_gpu() == HOPPER
+    except TwofourError:
+        return False
+
+
+def _measure(onnx: Path, batches: tuple[int, ...], precision: str, fallback: bool, cache: Path | None, as_json: bool) -> None:
+    """Time every layer dense and 2:4, and print the sums."""
+    import json
+
+    from twofour.builder import measure_gain
+    from twofour.cli.console import make_console
+    from twofour.cli.steps import Steps
+    from twofour.cli.tables import print_gains
+
+    console = make_console()
+    with Steps(console) as show:
+        pairs = measure_gain(
+            onnx,
+            batches=batches,
+            precision=precision,
+            timing_cache=cache,
+            fallback=fallback,
+            progress=lambda done, total, layer: show("timing layers", done, total),
+        )
+    if as_json:
+        made = [{"kind": "measurement", "dense": dense.to_json(), "2:4": sparse.to_json()} for dense, sparse in pairs]
+        click.echo(json.dumps(made, indent=1))
+        return
+    print_gains(pairs, console)

@@ -89,6 +89,21 @@ def print_estimates(estimates: Sequence[Estimate], console: Console) -> None:
         )
 
 
+def print_gains(pairs: Sequence[tuple[BuildRecord, BuildRecord]], console: Console) -> None:
+    """Print what 2:4 would buy, measured layer by layer: the layers of each batch size, then the sums."""
+    for _, sparse in pairs:
+        print_build(sparse, console)
+    table = make_table("GPU", "batch", "dense ms", "2:4 ms", "gain", "layers that run 2:4")
+    for dense, sparse in pairs:
+        times = (f"{dense.total_us / 1e3:.3f}", f"{sparse.total_us / 1e3:.3f}", f"{dense.total_us / sparse.total_us:.2f}×")
+        count = f"{sum(layer.sparse for layer in sparse.layers)} of {len(sparse.layers)}"
+        add_row(table, sparse.gpu, str(sparse.batch), *times, count)
+    console.print(table)
+    say(
+        console, "Sums of layers timed one by one here, 2:4 in a copy pruned by magnitude; no engine was run, no accuracy is kept."
+    )
+
+
 def print_estimate_layers(estimate: Estimate, console: Console) -> None:
     """Print one prediction, a row a layer."""
     table = make_table("layer (predicted)", "family", "shape", "FLOPs", "dense µs", "2:4 µs", "bound by", "why not 2:4")
