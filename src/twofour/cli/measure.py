@@ -1,11 +1,15 @@
 """`twofour measure`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from twofour.cli import options
 from twofour.cli.build import sizes
+
+if TYPE_CHECKING:
+    from twofour.runtime import Engine
 
 
 @click.command()
@@ -31,6 +35,8 @@ def command(
 
     Each is warmed up first; p50, p90 and p99 are over whole batches; spread is (p90 − p10) / median.
 
+    GPU plans are timed on their GPU instead, once its clock has settled: time of a pass, latency of single calls, energy an item.
+
     `twofour measure gemm` times our matrix-product kernels beside cuBLASLt and cuSPARSELt on the GPU, in parts of at most 8 minutes.
     """
     import json
@@ -52,8 +58,37 @@ def command(
         return
     from twofour.report import measure
 
+    if (engines := _gpu_engines(files)) is not None:
+        from twofour.cli.tables import print_gpu_measurements
+        from twofour.report.gpu import measure_gpu
+
+        found = measure_gpu(engines, batch=sizes(batch))
+        if as_json:
+            click.echo(json.dumps([row.to_json() for row in found], indent=1))
+        else:
+            print_gpu_measurements(found, console)
+        return
     rows = measure(files, batch=sizes(batch), seconds=seconds, memory=not no_memory)
     if as_json:
         click.echo(json.dumps([row.to_json() for row in rows], indent=1))
     else:
         print_measurements(rows, console)
+
+
+def _gpu_engines(files: tuple[Path, ...]) -> "dict[str, Engine] | None":
+    """The engines of files that are all GPU plans, None where none is.
+
+    Raises:
+        InputError: some are and some are not.
+    """
+    from twofour.errors import InputError
+    from twofour.plan import Plan
+    from twofour.runtime import Engine
+
+    plans = {str(file): Plan.load(file) for file in files if file.suffix != ".onnx" and file.is_file()}
+    on_gpu = [name for name, plan in plans.items() if plan.backend == "cuda"]
+    if not on_gpu:
+        return None
+    if len(on_gpu) < len(files):
+        raise InputError(f"measure: {on_gpu[0]!r} runs on a GPU and other files on the CPU, expected one kind; measure them apart")
+    return {name: Engine(plan) for name, plan in plans.items()}

@@ -12,6 +12,7 @@ from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
 from twofour.pruning import Pruning, Sensitivity
 from twofour.report import Measurement, units
+from twofour.report.gpu import GpuMeasurement
 
 
 def print_pruning(record: Pruning, console: Console) -> None:
@@ -72,6 +73,22 @@ def print_gemm(rows: Sequence[dict[str, Any]], summaries: dict[str, dict[str, fl
             say(console, f"{dtype} {name.replace('_', ' ')}: {value:.3f}")
 
 
+def print_gpu_measurements(rows: Sequence[GpuMeasurement], console: Console) -> None:
+    """Print measurements of GPU plans, a row a plan and batch size."""
+    table = make_table("plan", "batch", "ms", "spread", "items/s", "burst ms", "call p50 / p90 / p99 ms", "mJ an item", "clock, power")
+    for r in rows:
+        energy = units.NOT_KNOWN if r.joules_per_item is None else f"{1e3 * r.joules_per_item:.2f}"
+        spread = f"{100 * r.spread:.1f} %" + ("" if r.is_stable else " (unstable)")
+        calls = f"{r.p50_ms:.3f} / {r.p90_ms:.3f} / {r.p99_ms:.3f}"
+        place = f"{r.clock_mhz:.0f} MHz, {r.power_w:.0f} W"
+        add_row(table, r.name, str(r.batch), f"{r.gpu_ms:.3f}", spread, f"{r.items_per_s:,.0f}", f"{r.burst_ms:.3f}", calls, energy, place)
+    console.print(table)
+    say(
+        console,
+        "Passes from device memory to device memory, back to back until the clock has settled; energy over 5 s and more.",
+    )
+
+
 def print_estimates(estimates: Sequence[Estimate], console: Console) -> None:
     """Print predictions, a row a GPU and batch size, and how far predictions are from measurements."""
     table = make_table("GPU", "batch", "dense ms", "2:4 ms", "gain", "dense items/s", "2:4 items/s")
@@ -99,9 +116,7 @@ def print_gains(pairs: Sequence[tuple[BuildRecord, BuildRecord]], console: Conso
         count = f"{sum(layer.sparse for layer in sparse.layers)} of {len(sparse.layers)}"
         add_row(table, sparse.gpu, str(sparse.batch), *times, count)
     console.print(table)
-    say(
-        console, "Sums of layers timed one by one here, 2:4 in a copy pruned by magnitude; no engine was run, no accuracy is kept."
-    )
+    say(console, "Sums of layers timed one by one here, 2:4 in a copy pruned by magnitude; no engine was run, no accuracy is kept.")
 
 
 def print_estimate_layers(estimate: Estimate, console: Console) -> None:

@@ -74,6 +74,16 @@ class Engine:
         """Return (node, operation, microseconds a run) over `num_runs` runs, slowest first."""
         return self._backend.profile(self._checked(inputs), num_runs)
 
+    def passes(self, batch: int, sets: int = 2) -> Any:
+        """Return what puts whole passes of a GPU plan's batch size on a stream when called with it; for timing.
+
+        Raises:
+            InputError: the plan runs on the CPU, or has no such batch size.
+        """
+        if self.plan.backend != "cuda":
+            raise InputError("engine: passes on a stream were asked for, expected a GPU plan: this one runs on the CPU")
+        return self._backend.passes(batch, sets)  # type: ignore[attr-defined]
+
     def random_inputs(self, batch: int, seed: int = 0) -> tuple[Array, ...]:
         """Return standard-normal inputs of the plan's shapes (integers 0 or 1 for integer inputs).
 

@@ -209,6 +209,10 @@ class Stopwatch:
         check(d.cuEventSynchronize(end), "waiting for the GPU")
         return float(check(d.cuEventElapsedTime(begin, end), "reading events")) * 1000 / (launches * graph.calls)
 
+    def synchronize(self) -> None:
+        """Wait for what is on the stopwatch's stream."""
+        check(bindings().cuStreamSynchronize(self.stream), "waiting for the GPU")
+
     def graph(self, candidate: Candidate) -> Graph:
         """Return a warmed-up graph of about `GRAPH_S`, with a whole number of rounds through the operand sets."""
         for i in range(candidate.sets):

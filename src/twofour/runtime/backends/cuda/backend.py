@@ -27,6 +27,23 @@ Array = npt.NDArray[Any]
 OUTPUT_ALIGN = 16  # bytes; an output that lies elsewhere goes through a buffer
 
 
+class Passes:
+    """Whole passes of one batch size, each on the next of several sets of inputs and outputs."""
+
+    def __init__(
+        self, context: Context, prepared: Prepared, inputs: Sequence[list[int]], outputs: Sequence[list[int]], alive: Sequence[Memory]
+    ) -> None:
+        self._context, self._prepared, self._inputs, self._outputs, self._alive = context, prepared, inputs, outputs, alive
+        self._next = 0
+
+    def __call__(self, stream: int) -> None:
+        """Put one pass on `stream`."""
+        self._context.order(stream)
+        self._context.run(self._prepared, self._inputs[self._next], self._outputs[self._next], stream)
+        self._context.mark(stream)
+        self._next = (self._next + 1) % len(self._inputs)
+
+
 class CudaBackend:
     """Runs a plan of the backend `cuda`. Calls are safe from several threads; each thread has its own context, made on demand."""
 
@@ -195,6 +212,34 @@ class CudaBackend:
             (step.name, f"{step.family} by {step.library}", float(median(t))) for step, t in zip(prepared.program.steps, taken, strict=True)
         ]
         return sorted(rows, key=lambda row: -row[2])
+
+    def passes(self, batch: int, sets: int = 2, seed: int = 0) -> Passes:
+        """Return something that puts whole passes of a batch size on a stream, from random inputs into memory of its own; for timing.
+
+        Raises:
+            InputError: the plan has no such batch size.
+        """
+        if batch not in self._programs:
+            raise InputError(f"engine: batch {batch} was asked for, the plan was built for {sorted(self._programs)}")
+        rng = np.random.default_rng(seed)
+        self.gpu.use()
+        context, prepared = self.context(), self.prepared(batch)
+        context.order(context.stream)
+        inputs: list[list[int]] = []
+        outputs: list[list[int]] = []
+        alive: list[Memory] = []
+        for _ in range(sets):
+            for specs, addresses in ((self.plan.inputs, inputs), (self.plan.outputs, outputs)):
+                made = [Memory(self.gpu, self._bytes(spec, batch)) for spec in specs]
+                alive += made
+                addresses.append([memory.address for memory in made])
+            for spec, address in zip(self.plan.inputs, inputs[-1], strict=True):
+                shape = self._shape(spec, batch)
+                kind = np.dtype(spec.dtype)
+                drawn = rng.standard_normal(shape).astype(kind) if kind.kind == "f" else rng.integers(0, 2, shape).astype(kind)
+                self.gpu.upload(address, drawn.ctypes.data, drawn.nbytes, context.stream)
+                self.gpu.synchronize(context.stream)
+        return Passes(context, prepared, inputs, outputs, alive)
 
     def _stream(self, first: Any, stream: Any, context: Context) -> int:
         if stream is not None:
