@@ -379,11 +379,11 @@ printf '%s\n' "${COMPREPLY[@]}"
     return done.stdout.split()
 
 
-def test_bash_completes_commands_options_and_names_with_colons(tmp_path: Path) -> None:
+def test_bash_completes_commands_options_and_names_with_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from twofour.cli.names import cache_file
 
     package = str(Path(twofour.__file__).parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]))
     kept = tmp_path / "cache" / "twofour" / cache_file().name
     kept.parent.mkdir(parents=True)
     kept.write_text("demo\ntorchvision:resnet18\ntorchvision:resnet50\ntimm:resnet18\n")

@@ -87,7 +87,7 @@ def test_the_command_measures_gpu_plans_and_refuses_a_mixture(engine: Engine, tm
     other.write_bytes(b"")
     monkeypatch.setattr("twofour.report.gpu.Stopwatch", FakeWatch)
     size = str(engine.plan.batches[0])
-    shown = CliRunner().invoke(command_line, ["measure", str(path), "--batch", size], catch_exceptions=False)
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, ["measure", str(path), "--batch", size], catch_exceptions=False)
     assert "1500 MHz, 690 W" in shown.output
     read = json.loads(CliRunner().invoke(command_line, ["measure", str(path), "--batch", size, "--json"]).output)
     assert read[0]["gpu_ms"] == 1.0

@@ -51,7 +51,7 @@ def measure_peak_bytes(plan_path: Path, batch: int) -> int:
     command = [sys.executable, "-P", "-c", "from twofour.runtime.memory import main; main()", str(plan_path), str(batch)]
     # -P keeps the current folder out of the import path; the package is found where this process found it, installed or not.
     here = str(Path(__file__).parents[2])
-    path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH", "")) if p)
+    path = os.pathsep.join(p for p in (here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if p)  # an empty entry is this folder
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

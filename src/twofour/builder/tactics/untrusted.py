@@ -79,7 +79,7 @@ def _one_process(trials: Sequence[Trial], outcomes: list[Outcome], start: tuple[
     current: tuple[int, int] | None = None
     command = [sys.executable, "-P", "-c", CHILD]
     here = str(Path(__file__).parents[3])
-    path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH", "")) if p)
+    path = os.pathsep.join(p for p in (here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if p)  # an empty entry is this folder
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     ) as process:
