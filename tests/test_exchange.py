@@ -247,3 +247,50 @@ def test_external_data_that_is_missing_or_short_is_one_sentence(tmp_path: Path) 
 def test_export_wants_the_onnx_suffix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"m.bin' does not end with .onnx; name it '.*m.onnx'"):
         twofour.export(nn.Linear(4, 4), (torch.ones(2, 4),), tmp_path / "m.bin")
+
+
+class TiedHead(nn.Module):
+    """An embedding whose weight is the head's too; with tokens on an axis of their own, the exporter transposes and renames weights."""
+
+    def __init__(self, *, has_tokens: bool) -> None:
+        super().__init__()
+        self.has_tokens = has_tokens
+        self.embedding = nn.Embedding(64, 32)
+        self.hidden = nn.Linear(32, 32)
+        self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        x = x if self.has_tokens else x.mean(1)
+        return self.head(self.normed(self.hidden(x).relu()).relu())
+
+
+@pytest.mark.parametrize("has_tokens", [False, True])
+def test_a_dense_weight_is_known_under_the_name_the_exporter_gives_it(tmp_path: Path, has_tokens: bool) -> None:
+    torch.manual_seed(0)
+    model = TiedHead(has_tokens=has_tokens).eval()
+    inputs = (torch.randint(0, 64, (2, 5)),)
+    record = twofour.prune(model, inputs, permute=False)
+    assert [layer.name for layer in record.pruned] == ["hidden.weight"]
+    exported = twofour.export(model, inputs, tmp_path / "m.onnx", pruning=record)
+    assert exported.inspection.is_24
+    # A later look at the file alone says the same.
+    weights = twofour.inspect(tmp_path / "m.onnx").weights
+    assert [w.shape for w in weights if w.required] == [(32, 32)]
+    assert sorted(w.reason.split(":")[0] for w in weights if not w.required) == [
+        "its weight is computed by a parametrisation; remove the parametrisation first",
+        "shared with another layer",
+    ]
+
+
+def test_a_pruned_layer_that_is_dense_again_is_refused_under_any_name(tmp_path: Path) -> None:
+    model = TiedHead(has_tokens=True).eval()
+    inputs = (torch.randint(0, 64, (2, 5)),)
+    record = twofour.prune(model, inputs, permute=False)
+    with torch.no_grad():
+        model.hidden.weight.fill_(0.01)
+    with pytest.raises(VerificationError, match=r"export: 1 layers are not 2:4 in m\.onnx"):
+        twofour.export(model, inputs, tmp_path / "m.onnx", pruning=record)
+    assert not (tmp_path / "m.onnx").exists()

@@ -248,3 +248,26 @@ def test_a_refusal_after_the_reordering_puts_every_channel_back(demo_net: nn.Mod
         twofour.prune(demo_net, digits.example_inputs(), calibration=[])
     assert digest(demo_net) == before
     assert "twofour_permutation" not in vars(demo_net)
+
+
+PARAMETRISATIONS = {
+    "hooked weight norm": torch.nn.utils.weight_norm,
+    "weight norm": torch.nn.utils.parametrizations.weight_norm,
+    "hooked spectral norm": torch.nn.utils.spectral_norm,
+    "spectral norm": torch.nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("form", PARAMETRISATIONS)
+def test_a_weight_that_a_parametrisation_computes_stays_dense(form: str) -> None:
+    torch.manual_seed(0)
+    wrapped = PARAMETRISATIONS[form](nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), wrapped, nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
+    record = twofour.prune(model, (torch.randn(2, 8),), permute=False)
+    assert [layer.name for layer in record.pruned] == ["0.weight", "4.weight"]
+    computed = [layer for layer in record.layers if layer.name.startswith("2.")]
+    assert {layer.reason for layer in computed} == {"its weight is computed by a parametrisation; remove the parametrisation first"}
+    assert max(layer.flops or 0 for layer in computed) == 2 * 16 * 16
+    assert all(torch.equal(p, before[name]) for name, p in wrapped.named_parameters())

@@ -20,7 +20,7 @@ from twofour.pruning import files as files_module
 from twofour.pruning import prune_files
 from twofour.pruning.files import FIRST_NOT_FINITE, FP8, pruned_piece
 from twofour.pruning.magnitude import pattern_mask
-from twofour.pruning.shards import FLOAT_BYTES, Entry
+from twofour.pruning.shards import FLOAT_BYTES, Entry, write_all
 
 INDEX = "model.safetensors.index.json"
 
@@ -327,6 +327,47 @@ def test_a_disk_that_fills_leaves_what_is_finished_and_the_next_run_goes_on(tmp_
     prune_files(source, out)
     prune_files(source, tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_file_cut_in_its_last_piece_is_never_called_finished(tmp_path: Path) -> None:
+    source, out = tmp_path / "dense", tmp_path / "out"
+    source.mkdir()
+    save_file({"a.weight": drawn(256, 64)}, source / "model.safetensors")
+    limit = (source / "model.safetensors").stat().st_size - 100
+    ignoring = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + FULL
+    run = subprocess.run([sys.executable, "-c", ignoring, str(source), str(out), str(limit)], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"prune_files cannot write {str(out)!r}: File too large; what is finished stays")
+    assert not out.is_dir() or not list(out.iterdir())
+    prune_files(source, out)
+    assert (out / "model.safetensors").stat().st_size == limit + 100
+
+
+class Grudging:
+    """A file that takes at most `most` bytes at a time."""
+
+    name = "grudging"
+
+    def __init__(self, most: int) -> None:
+        self.most, self.content = most, b""
+
+    def write(self, content: memoryview) -> int:
+        self.content += bytes(content[: self.most])
+        return min(self.most, len(content))
+
+
+def test_short_writes_are_gone_on_with_and_a_file_that_takes_nothing_is_an_error() -> None:
+    sink = Grudging(7)
+    write_all(sink, bytearray(range(100)))  # type: ignore[arg-type]
+    assert sink.content == bytes(range(100))
+    with pytest.raises(InputError, match="file 'grudging' takes no more bytes with 9 left, expected room for all"):
+        write_all(Grudging(0), b"123456789")  # type: ignore[arg-type]
+
+
+def test_a_file_of_another_size_than_expected_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = checkpoint(tmp_path / "dense"), tmp_path / "out"
+    monkeypatch.setattr(files_module, "write_all", lambda sink, content: sink.write(content[:-1]))
+    refused(source, out, r"file '.*00001-of-00002\.safetensors' got \d+ bytes, expected \d+; it is discarded, free some space")
+    assert not list(out.glob("*.safetensors"))
 
 
 MEMORY = """

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from twofour.errors import InputError, UnsupportedError, VerificationError
+from twofour.exchange.aliases import with_aliases
 from twofour.exchange.inspect import Inspection, inspect
 from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
@@ -165,7 +166,8 @@ def export(
     """Write `model` as ONNX with a dynamic batch to `path` and return what was checked.
 
     The file is written aside and takes its place only after its outputs equal the module's (two batch sizes, float32 rounding) and,
-    with `pruning`, every layer recorded as pruned is 2:4 in the file too. The record goes into the file's metadata.
+    with `pruning`, every layer recorded as pruned is 2:4 in the file too. The record goes into the file's metadata, with the names that
+    the exporter gave to weights left dense (shared, transposed, or computed by a parametrisation).
 
     Args:
         model: on the CPU, float32.
@@ -182,7 +184,7 @@ def export(
     inputs = _two_or_more(example_inputs)
     program = captured(model, inputs)
     if pruning is not None:
-        program.model.metadata_props[PRUNING_KEY] = pruning.to_json()
+        program.model.metadata_props[PRUNING_KEY] = with_aliases(pruning, model, program.model).to_json()
     program.model.producer_name = "twofour"
     with written_aside(path) as aside:
         program.save(aside, external_data=False)

@@ -88,8 +88,9 @@ def verdict(name: str, operation: str, values: Any, axis: int, why_not: str, lef
 
 
 def left_dense_of(record: Pruning | None) -> dict[str, str]:
-    """Return the layers that the pruning record left dense, with the reason."""
-    return {layer.name: layer.reason for layer in record.layers if not layer.eligible} if record is not None else {}
+    """Return the layers that the pruning record left dense, under every name of theirs, with the reason."""
+    layers = record.layers if record is not None else ()
+    return {name: layer.reason for layer in layers if not layer.eligible for name in (layer.name, *layer.aliases)}
 
 
 def inspect_model(model: ir.Model, path: str, kind: str) -> Inspection:

@@ -1,6 +1,7 @@
 """The model as a graph and as it ran: which weight comes first, which linear stands last before each output, FLOPs of each layer."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -56,6 +58,31 @@ def flops_of_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> dict
     return {}
 
 
+def computed_from(module: nn.Module, attribute: str) -> str:
+    """Return the name, within `module`, of the largest parameter that a parametrisation computes `attribute` from; "" if there is none.
+
+    Knows `torch.nn.utils.parametrize` and the hooks of the older `weight_norm`, `spectral_norm` and `prune`.
+    """
+    if attribute in module._parameters:
+        return ""
+    if parametrize.is_parametrized(module, attribute):
+        originals = module.get_submodule(f"parametrizations.{attribute}").named_parameters(recurse=False)
+        largest = max(originals, key=lambda named: named[1].numel(), default=None)
+        return f"parametrizations.{attribute}.{largest[0]}" if largest else ""
+    return next((name for name in (f"{attribute}_v", f"{attribute}_orig") if name in module._parameters), "")
+
+
+def computed_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that parametrisations compute, in eval mode, by the name of the largest parameter each is computed from."""
+    found: dict[str, Tensor] = {}
+    with in_eval_mode(model), torch.no_grad():
+        for name, module in model.named_modules():
+            source = computed_from(module, "weight")
+            if source:
+                found[f"{name}.{source}".lstrip(".")] = module.weight.detach()
+    return found
+
+
 def run_once(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[str], dict[str, int]]:
     """Run the model in eval mode; return weights in order of first use and FLOPs of each for one item."""
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -66,7 +93,10 @@ def run_once(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[st
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         for attribute, count in flops_of_call(module, args, result).items():
-            name = name_of.get(id(module.get_parameter(attribute)))
+            holder = module.get_submodule(attribute.rpartition(".")[0])
+            source = computed_from(holder, attribute.rpartition(".")[2])
+            weight = operator.attrgetter(source or attribute)(holder if source else module)
+            name = name_of.get(id(weight))
             if name is not None:
                 flops[name] = flops.get(name, 0) + count // batch
                 if name not in order:

@@ -4,15 +4,22 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from twofour.errors import InputError, nearest
-from twofour.pruning.capture import CONVOLUTIONS, Execution
+from twofour.pruning.capture import CONVOLUTIONS, Execution, computed_from
 from twofour.pruning.record import LayerRecord
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def is_hooked(module: nn.Module, attribute: str) -> bool:
+    """Whether a hook of the older `weight_norm`, `spectral_norm` or `prune` computes another attribute from this parameter."""
+    stem, _, last = attribute.rpartition("_")
+    return last in ("g", "v", "orig") and computed_from(module, stem) in (f"{stem}_v", f"{stem}_orig")
 
 
 def why_not(module: nn.Module, attribute: str, weight: Tensor) -> str:
@@ -22,6 +29,8 @@ def why_not(module: nn.Module, attribute: str, weight: Tensor) -> str:
 
     Source: TensorRT Developer Guide, "Structured sparsity".
     """
+    if isinstance(module, parametrize.ParametrizationList) or is_hooked(module, attribute):
+        return "its weight is computed by a parametrisation; remove the parametrisation first"
     if isinstance(module, TRANSPOSED):
         return "transposed convolution"
     if isinstance(module, EMBEDDINGS):

@@ -20,7 +20,7 @@ from twofour.pattern import Pattern, select
 from twofour.pattern.mask import COMPILED_FROM, compiled_loops
 from twofour.pruning.names import examine_names
 from twofour.pruning.record import LayerRecord, Pruning
-from twofour.pruning.shards import FLOAT_BYTES, Entry, Shard, find_shards, pieces, sha256_of, write_aside
+from twofour.pruning.shards import FLOAT_BYTES, Entry, Shard, find_shards, pieces, require_size, sha256_of, write_all, write_aside
 from twofour.version import __version__
 
 Array = npt.NDArray[Any]
@@ -166,6 +166,7 @@ def _copy_others(source: Path, out: Path) -> list[str]:
             aside = out / f".{path.name}.part"
             try:
                 shutil.copyfile(path, aside)
+                require_size(aside, path.stat().st_size, out / path.name)
                 os.replace(aside, out / path.name)
             finally:
                 aside.unlink(missing_ok=True)
@@ -185,13 +186,14 @@ def _prune_shard(
                 for entry, future in _in_order(pool, _jobs(file, shard, pattern, records)):
                     content, kept, total = future.result()
                     sha.update(content)
-                    sink.write(content)
+                    write_all(sink, content)
                     if entry is not None:
                         both = sums.setdefault(entry.name, [0.0, 0.0])
                         both[0] += kept
                         both[1] += total
                     advance(shard.path.name, len(content))
             os.fsync(sink.fileno())
+        require_size(aside, shard.size, target)
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)

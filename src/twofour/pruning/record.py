@@ -26,6 +26,7 @@ class LayerRecord:
         kept_magnitude: Σ|w kept| / Σ|w|, None where nothing was pruned.
         permuted: whether its input channels were reordered first, or why not.
         output_error: ‖X(Ŵ − W)ᵀ‖² / ‖XWᵀ‖² over the calibration data, where the method measures it.
+        aliases: other names of the same weight in the file that holds the record.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerRecord:
     kept_magnitude: float | None = None
     permuted: str = ""
     output_error: float | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -48,12 +50,12 @@ class LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
-        return {**self.__dict__, "shape": list(self.shape)}
+        return {**self.__dict__, "shape": list(self.shape), "aliases": list(self.aliases)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "LayerRecord":
         """Return the record that `to_json` wrote."""
-        return cls(**{**value, "shape": tuple(value["shape"])})
+        return cls(**{**value, "shape": tuple(value["shape"]), "aliases": tuple(value.get("aliases", ()))})
 
 
 @dataclass(frozen=True)

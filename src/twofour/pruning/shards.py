@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from twofour.errors import InputError
 
@@ -119,11 +120,34 @@ def pieces(entry: Entry, rows_at_once: int) -> Iterator[tuple[int, int]]:
         yield row, min(rows_at_once, entry.shape[0] - row)
 
 
+def write_all(sink: BinaryIO, content: bytes | bytearray) -> None:
+    """Write every byte of `content`; an unbuffered file may take only a part of it at a time.
+
+    Raises:
+        InputError: the file takes nothing more.
+        OSError: the disk is full or the file may not grow.
+    """
+    left = memoryview(content)
+    while left:
+        taken = sink.write(left)
+        if not taken:
+            raise InputError(f"file {sink.name!r} takes no more bytes with {len(left)} left, expected room for all; free some space")
+        left = left[taken:]
+
+
+def require_size(path: Path, size: int, target: Path) -> None:
+    """Raise InputError unless the file at `path`, about to become `target`, has `size` bytes."""
+    written = path.stat().st_size
+    if written != size:
+        raise InputError(f"file {str(target)!r} got {written} bytes, expected {size}; it is discarded, free some space and call again")
+
+
 def write_aside(path: Path, content: bytes) -> None:
     """Write a small file beside `path` and rename it into place."""
     aside = path.with_name(f".{path.name}.part")
     try:
         aside.write_bytes(content)
+        require_size(aside, len(content), path)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -3,6 +3,9 @@
 For a group of four columns with one taken out, the two largest of the remaining three decide everything: with x >= y the larger two, a
 column w in the hole keeps x + max(y, w) of a row. So each column carries `second` (y for the other three of its group, one a row) and
 `base` (the sum of x over rows), and any exchange is judged by sums of max(y, w) alone.
+
+All of it is in fixed point: whole numbers add up to the same in any order, so the compiler may vectorise the sums as it likes, and code
+just compiled, code from numba's cache and code for another processor find the same order.
 """
 
 # mypy: disable-error-code="untyped-decorator, assignment"
@@ -14,22 +17,40 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Fixed = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 
-# No NaN reaches these loops; sums may be reordered, so that they are vectorised. The result is the same on every run of a machine.
-_FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}
+LARGEST = 2**31 - 1
 
 
-@numba.njit(fastmath=_FAST, cache=True, inline="always")
+def fixed_point(columns: Floats) -> Fixed:
+    """Return round(columns · s), s the largest scale at which no sum of four columns leaves int32.
+
+    With R rows and columns of like size, s is 2^29 / (R · mean): an element is off by at most R / 2^30 of the mean, and a sum by less
+    than a float32 sum would be.
+
+    Args:
+        columns: non-negative and finite, `[columns, rows]`.
+    """
+    sums = np.sort(columns.sum(axis=1, dtype=np.float64))
+    largest = float(sums[-4:].sum())
+    # Rounding adds at most half a unit an element.
+    room = LARGEST - 2 * columns.shape[1]
+    scale = room / largest if largest > 0 else 1.0
+    return np.rint(columns * np.float64(scale)).astype(np.int32)
+
+
+# numba widens sums of int32 to int64, which would halve the vectors; `fixed_point` leaves them room in int32.
+@numba.njit(cache=True, inline="always")
 def _sum_max(a: Any, b: Any) -> Any:
-    total = np.float32(0)
+    total = np.int32(0)
     for r in range(a.shape[0]):
-        total += max(a[r], b[r])
+        total = np.int32(total + max(a[r], b[r]))
     return total
 
 
-@numba.njit(fastmath=_FAST, cache=True)
-def refresh(columns: Floats, order: Ints, group: int, second: Floats, base: Floats, kept: Floats) -> None:
+@numba.njit(cache=True)
+def refresh(columns: Fixed, order: Ints, group: int, second: Fixed, base: Fixed, kept: Fixed) -> None:
     """Recompute `second`, `base` and `kept` for the four columns of a group."""
     for k in range(4):
         column = order[4 * group + k]
@@ -37,28 +58,28 @@ def refresh(columns: Floats, order: Ints, group: int, second: Floats, base: Floa
         b = columns[order[4 * group + (k + 2) % 4]]
         c = columns[order[4 * group + (k + 3) % 4]]
         y = second[column]
-        total = np.float32(0)
+        total = np.int32(0)
         for r in range(a.shape[0]):
             high, low = max(a[r], b[r]), min(a[r], b[r])
             y[r] = max(low, min(high, c[r]))
-            total += max(high, c[r])
+            total = np.int32(total + max(high, c[r]))
         base[column] = total
     column = order[4 * group]
     kept[group] = base[column] + _sum_max(second[column], columns[column])
 
 
-@numba.njit(fastmath=_FAST, cache=True)
-def refresh_all(columns: Floats, order: Ints, second: Floats, base: Floats, kept: Floats) -> float:
+@numba.njit(cache=True)
+def refresh_all(columns: Fixed, order: Ints, second: Fixed, base: Fixed, kept: Fixed) -> int:
     """Recompute every group; returns the magnitude kept."""
-    total = 0.0
+    total = np.int64(0)
     for group in range(order.shape[0] // 4):
         refresh(columns, order, group, second, base, kept)
         total += kept[group]
-    return total
+    return int(total)
 
 
-@numba.njit(fastmath=_FAST, cache=True)
-def hole_values(columns: Floats, holes: Ints, second: Floats, base: Floats, out: Floats) -> None:
+@numba.njit(cache=True)
+def hole_values(columns: Fixed, holes: Ints, second: Fixed, base: Fixed, out: Floats) -> None:
     """out[g, t] = magnitude group g keeps when column holes[t] fills the hole that holes[g] leaves; in tiles that stay in cache."""
     count, tile = holes.shape[0], 16
     for first in range(0, count, tile):
@@ -79,8 +100,8 @@ def _next(state: Any) -> Any:
     return x
 
 
-@numba.njit(fastmath=_FAST, cache=True)
-def swap_gains(columns: Floats, order: Ints, second: Floats, base: Floats, kept: Floats, state: Any, gains: Any) -> None:
+@numba.njit(cache=True)
+def swap_gains(columns: Fixed, order: Ints, second: Fixed, base: Fixed, kept: Fixed, state: Any, gains: Any) -> None:
     """Gains of random exchanges of two columns of different groups."""
     n = order.shape[0]
     for k in range(gains.shape[0]):
@@ -91,15 +112,15 @@ def swap_gains(columns: Floats, order: Ints, second: Floats, base: Floats, kept:
         gains[k] = base[s] + base[t] - kept[p // 4] - kept[q // 4] + _sum_max(second[s], columns[t]) + _sum_max(second[t], columns[s])
 
 
-@numba.njit(fastmath=_FAST, cache=True)
+@numba.njit(cache=True)
 def anneal(
-    columns: Floats,
+    columns: Fixed,
     order: Ints,
     best_order: Ints,
-    second: Floats,
-    base: Floats,
-    kept: Floats,
-    value: Floats,
+    second: Fixed,
+    base: Fixed,
+    kept: Fixed,
+    value: Fixed,
     stamp: Any,
     version: Any,
     state: Any,

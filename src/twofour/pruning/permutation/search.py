@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from twofour.errors import InputError
 from twofour.pruning.permutation import kernels
-from twofour.pruning.permutation.kernels import Floats, Ints
+from twofour.pruning.permutation.kernels import Fixed, Floats, Ints, fixed_point
 
 # Up to this many columns annealing is used: its table of values is quadratic and the assignment's neighbourhood is still small.
 ANNEAL_UP_TO = 256
@@ -125,8 +125,7 @@ def search(
     if columns.shape[0] < 8 or columns.shape[1] == 0:
         return Found(identity, before, before, 0, 0, time.monotonic() - started)
     deadline = started + seconds if cut and seconds is not None else None
-    # Sums of one scale: the compiled loops add in float32.
-    scaled = columns / np.float32(max(float(columns.mean()), 1e-30))
+    scaled = fixed_point(columns)
     run = _Anneal(scaled, seed) if plan.method == "anneal" else _Assign(scaled, seed, device)
     done = run.run(plan.count, deadline, progress or (lambda share: None))
     after = magnitude_kept(columns, run.best)
@@ -137,19 +136,19 @@ def search(
 class _State:
     """The arrays all loops share, for one matrix."""
 
-    def __init__(self, columns: Floats, seed: int) -> None:
+    def __init__(self, columns: Fixed, seed: int) -> None:
         n = columns.shape[0]
         self.columns, self.order, self.best = columns, np.arange(n, dtype=np.int64), np.arange(n, dtype=np.int64)
         self.second = np.empty_like(columns)
-        self.base, self.kept = np.empty(n, np.float32), np.empty(n // 4, np.float32)
+        self.base, self.kept = np.empty(n, np.int32), np.empty(n // 4, np.int32)
         self.random = np.array([(2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64], np.uint64)
         self.total = self.refresh()
         gains = np.empty(512)
         kernels.swap_gains(self.columns, self.order, self.second, self.base, self.kept, self.random, gains)
         self.unit = float(gains.std()) or 1.0
 
-    def refresh(self) -> float:
-        return float(kernels.refresh_all(self.columns, self.order, self.second, self.base, self.kept))
+    def refresh(self) -> int:
+        return int(kernels.refresh_all(self.columns, self.order, self.second, self.base, self.kept))
 
 
 class _Anneal(_State):
@@ -157,8 +156,8 @@ class _Anneal(_State):
 
     def run(self, steps: int, deadline: float | None, progress: Callable[[float], None]) -> int:
         n = self.columns.shape[0]
-        value, stamp, version = np.empty((n, n), np.float32), np.zeros((n, n), np.int32), np.ones(n, np.int32)
-        totals = np.array([self.total, self.total])
+        value, stamp, version = np.empty((n, n), np.int32), np.zeros((n, n), np.int32), np.ones(n, np.int32)
+        totals = np.array([self.total, self.total], np.int64)
         done = 0
         while done < steps:
             count = min(self.SLICE, steps - done)
@@ -186,7 +185,7 @@ class _Anneal(_State):
 
 
 class _Assign(_State):
-    def __init__(self, columns: Floats, seed: int, device: Any) -> None:
+    def __init__(self, columns: Fixed, seed: int, device: Any) -> None:
         super().__init__(columns, seed)
         self.rng = np.random.default_rng(seed)
         self.device = device
@@ -219,13 +218,13 @@ class _Assign(_State):
 class _Resident:
     """The same values on a torch device: sum max(y, w) = (sum y + sum w + sum |y - w|) / 2, an L1 distance."""
 
-    def __init__(self, columns: Floats, device: Any) -> None:
+    def __init__(self, columns: Fixed, device: Any) -> None:
         import torch
 
-        self.columns = torch.from_numpy(columns).to(device)
+        self.columns = torch.from_numpy(columns).to(device).float()
         self.sums = self.columns.sum(1)
 
-    def hole_values(self, holes: Ints, order: Ints, base: Floats) -> Floats:
+    def hole_values(self, holes: Ints, order: Ints, base: Fixed) -> Floats:
         import torch
 
         held = torch.from_numpy(holes).to(self.columns.device)
