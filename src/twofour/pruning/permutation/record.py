@@ -1,5 +1,6 @@
 """The record of a permutation: what moved, what it keeps, how it was proven; and the way to and from the old order."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,17 @@ from twofour.pruning.permutation.proof import Check, tensors_of
 FORMAT = "twofour-permutation-1"
 # The attribute of a model that carries the record.
 ATTRIBUTE = "twofour_permutation"
+# The key of an optimizer's group that says which reordering its state follows; it travels with the optimizer's state_dict.
+ORDER_KEY = "twofour_order"
+
+
+def digest(orders: Mapping[str, Mapping[int, Any]]) -> str:
+    """Return 16 hex digits that identify the reordering, name → axis → old index of every new place."""
+    sha = hashlib.sha256()
+    for name in sorted(orders):
+        for axis in sorted(orders[name]):
+            sha.update(f"{name}\0{axis}\0".encode() + np.ascontiguousarray(orders[name][axis], np.int64).tobytes())
+    return sha.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
