@@ -618,3 +618,18 @@ def test_what_is_no_older_average_cannot_be_permuted() -> None:
     permute(model, inputs, seconds=1.0)
     with pytest.raises(InputError, match=r"permute_average: the average has no tensor '.*', expected an average of this model"):
         permute_average(model, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.1])
+def test_state_that_was_filled_but_never_stepped_is_not_older(initial: float) -> None:
+    model = skewed()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01, initial_accumulator_value=initial)
+    assert optimizer.state[model[2].weight]["sum"].unique().tolist() == pytest.approx([initial])
+    pruning = prune(model, (batch(0)[0],), permute=1.0)
+    assert carried_orders(model)
+    with hold(model, optimizer, pruning):
+        steps(model, optimizer, range(1))
+    stale = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    steps(model, stale, range(1))
+    with pytest.raises(InputError, match="is older than the reordering"):
+        hold(model, stale, pruning)

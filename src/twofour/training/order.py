@@ -13,7 +13,7 @@ from twofour.pruning.permutation import Permutation, carried
 from twofour.pruning.permutation.apply import moved
 from twofour.pruning.permutation.proof import tensors_of
 from twofour.pruning.permutation.record import ORDER_KEY, carry, digest, names_and_shapes
-from twofour.pruning.sharded import local
+from twofour.pruning.sharded import is_sharded, local
 from twofour.training.wrapped import averaged_module, unwrap_model
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,25 @@ def reordered(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Orders
     return [(g, names[id(p)], p) for g in optimizer.param_groups for p in g["params"] if names.get(id(p)) in orders]
 
 
+def is_initial(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state of one parameter is none, or says the same about every element and was not stepped.
+
+    Some optimizers (Adagrad) fill their state as they are made; one value everywhere means the same in every order.
+    """
+    step = state.get("step")
+    if step is not None and float(step):
+        return False
+    return all(_is_constant(value, step is not None) for value in state.values() if isinstance(value, Tensor))
+
+
+def _is_constant(value: Tensor, never_stepped: bool) -> bool:
+    # NOTE: one process sees its own piece only; without a step count the pieces could differ, and the processes must decide alike.
+    if is_sharded(value) and not never_stepped:
+        return False
+    piece = local(value.detach()).flatten()
+    return bool((piece == piece[:1]).all())
+
+
 def refuse_older_state(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Orders) -> list[Any]:
     """Mark the optimizer as following `orders`, watch what it loads, and return the hooks' handles.
 
@@ -46,7 +65,7 @@ def refuse_older_state(model: nn.Module, optimizer: torch.optim.Optimizer, order
 
     def check(_: torch.optim.Optimizer | None = None) -> None:
         for group, name, parameter in reordered(model, optimizer, orders):
-            if optimizer.state.get(parameter) and group.get(ORDER_KEY) != mark:
+            if group.get(ORDER_KEY) != mark and not is_initial(optimizer.state.get(parameter, {})):
                 raise InputError(
                     f"hold: the optimizer's state of {name!r} is older than the reordering of its channels, expected the new order; "
                     "make the optimizer after pruning, call twofour.training.permute_state first, or pass orders={} if it is new after all"
