@@ -633,3 +633,24 @@ def test_state_that_was_filled_but_never_stepped_is_not_older(initial: float) ->
     steps(model, stale, range(1))
     with pytest.raises(InputError, match="is older than the reordering"):
         hold(model, stale, pruning)
+
+
+def test_state_mapped_by_the_permutation_is_known_by_its_mark() -> None:
+    model = skewed()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    steps(model, optimizer, range(2))
+    old, names = optimizer.state_dict(), [name for name, _ in model.named_parameters()]
+    permutation = permute(model, batch(0)[0], seconds=1.0)
+    pruning = prune(model, (batch(0)[0],), permute=False)
+    new = permutation.optimizer_to_new(old, names)
+    with pytest.raises(
+        InputError, match="optimizer_to_new: the state follows this permutation already, expected older state; call it once"
+    ):
+        permutation.optimizer_to_new(new, names)
+    again = torch.optim.AdamW(model.parameters(), lr=0.01)
+    again.load_state_dict(new)
+    with hold(model, again, pruning):
+        steps(model, again, range(1))
+    again.load_state_dict(permutation.optimizer_to_old(new, names))
+    with pytest.raises(InputError, match="is older than the reordering"):
+        hold(model, again, pruning)
