@@ -21,7 +21,7 @@ from twofour.pruning.permutation import permute
 from twofour.pruning.permutation.record import Permutation, carry
 from twofour.sources.models import DemoNet
 from twofour.training import derive_masks, hold
-from twofour.training.order import carried_orders, permute_state
+from twofour.training.order import carried_orders, permute_average, permute_state
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -562,3 +562,95 @@ def test_state_from_before_a_real_permutation_is_refused_then_brought_along() ->
     with hold(model, optimizer, pruning):
         steps(model, optimizer, range(2, 4))
         assert_held(model, pruning.masks)
+
+
+def skewed(seed: int = 0) -> nn.Module:
+    """Groups of large channels beside groups of small ones: the search has something to gain, so channels move."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.1, 0.1, 0.1, 0.1]).repeat(4))
+    return model
+
+
+@pytest.mark.parametrize("averaged", [copy.deepcopy, AveragedModel], ids=["copy", "AveragedModel"])
+def test_an_average_in_the_old_channel_order_is_refused_then_brought_along(averaged: Callable[[nn.Module], nn.Module]) -> None:
+    model, inputs = skewed(), batch(0)[0]
+    average = averaged(model)
+    before, outputs = copy.deepcopy(average.state_dict()), average(inputs)
+    pruning = prune(model, (inputs,), permute=1.0)
+    assert carried_orders(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"hold: ema carries no reordering of channels and the model was reordered .*permute_average"):
+        hold(model, optimizer, pruning, ema=average)
+    assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+    assert not optimizer._optimizer_step_post_hooks
+    assert permute_average(model, average) == len(carried_orders(model))
+    # Sums of 32 terms in another order, through three layers; the outputs are of order 1.
+    torch.testing.assert_close(average(inputs), outputs, rtol=0, atol=3 * 32 * 2.0**-23)
+    with pytest.raises(InputError, match="permute_average: the average carries a reordering already, expected an older one; call it once"):
+        permute_average(model, average)
+    hold(model, optimizer, pruning, ema=average).remove()
+    # Masked in the same order, the same dense weights are the pruned model.
+    torch.testing.assert_close(average(inputs), model(inputs), rtol=0, atol=0)
+
+
+def test_an_average_in_the_new_channel_order_is_accepted() -> None:
+    model, inputs = skewed(), batch(0)[0]
+    pruning = prune(model, (inputs,), permute=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loaded, strange = skewed(1), skewed(2)
+    loaded.load_state_dict(model.state_dict())
+    averages = [copy.deepcopy(model), AveragedModel(model), loaded]
+    with hold(model, optimizer, pruning, ema=averages):
+        steps(model, optimizer, range(1))
+    assert not torch.equal(loaded[2].weight, model[2].weight)
+    hold(model, optimizer, pruning, ema=averages).remove()  # the loaded copy lags behind now, and is known
+    with pytest.raises(InputError, match="ema carries no reordering"):
+        hold(model, optimizer, pruning, ema=strange)
+    hold(model, optimizer, pruning, ema=strange, orders={}).remove()
+
+
+def test_what_is_no_older_average_cannot_be_permuted() -> None:
+    model, inputs = skewed(), batch(0)[0]
+    with pytest.raises(InputError, match="permute_average: the model carries no reordering of its channels"):
+        permute_average(model, copy.deepcopy(model))
+    permute(model, inputs, seconds=1.0)
+    with pytest.raises(InputError, match=r"permute_average: the average has no tensor '.*', expected an average of this model"):
+        permute_average(model, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.1])
+def test_state_that_was_filled_but_never_stepped_is_not_older(initial: float) -> None:
+    model = skewed()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01, initial_accumulator_value=initial)
+    assert optimizer.state[model[2].weight]["sum"].unique().tolist() == pytest.approx([initial])
+    pruning = prune(model, (batch(0)[0],), permute=1.0)
+    assert carried_orders(model)
+    with hold(model, optimizer, pruning):
+        steps(model, optimizer, range(1))
+    stale = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    steps(model, stale, range(1))
+    with pytest.raises(InputError, match="is older than the reordering"):
+        hold(model, stale, pruning)
+
+
+def test_state_mapped_by_the_permutation_is_known_by_its_mark() -> None:
+    model = skewed()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    steps(model, optimizer, range(2))
+    old, names = optimizer.state_dict(), [name for name, _ in model.named_parameters()]
+    permutation = permute(model, batch(0)[0], seconds=1.0)
+    pruning = prune(model, (batch(0)[0],), permute=False)
+    new = permutation.optimizer_to_new(old, names)
+    with pytest.raises(
+        InputError, match="optimizer_to_new: the state follows this permutation already, expected older state; call it once"
+    ):
+        permutation.optimizer_to_new(new, names)
+    again = torch.optim.AdamW(model.parameters(), lr=0.01)
+    again.load_state_dict(new)
+    with hold(model, again, pruning):
+        steps(model, again, range(1))
+    again.load_state_dict(permutation.optimizer_to_old(new, names))
+    with pytest.raises(InputError, match="is older than the reordering"):
+        hold(model, again, pruning)

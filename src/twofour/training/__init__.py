@@ -7,7 +7,7 @@ from twofour.training.hold import Hold, hold
 from twofour.training.loop import Step, train
 from twofour.training.lora import MaskedLora, add_lora, merge_adapters
 from twofour.training.masks import derive_masks, recorded_masks
-from twofour.training.order import permute_state
+from twofour.training.order import permute_average, permute_state
 from twofour.training.recipe import Recipe, load_recipe
 from twofour.training.sr_ste import SrSte, sr_ste
 
@@ -29,6 +29,7 @@ __all__ = [
     "hold",
     "load_recipe",
     "merge_adapters",
+    "permute_average",
     "permute_state",
     "predict",
     "recorded_masks",

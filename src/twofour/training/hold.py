@@ -12,8 +12,8 @@ from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
 from twofour.pruning.sharded import fill_zero, local, piece_like
 from twofour.training.masks import derive_masks
-from twofour.training.order import Orders, carried_orders, refuse_older_state
-from twofour.training.wrapped import unwrap_model, unwrap_optimizer
+from twofour.training.order import Orders, accept_averages, carried_orders, refuse_older_state
+from twofour.training.wrapped import averaged_module, unwrap_model, unwrap_optimizer
 
 __all__ = ["Hold", "derive_masks", "hold"]
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class Hold:
         self.num_steps = 0
         self.averages = (ema,) if isinstance(ema, nn.Module) else tuple(ema)
         self._held = _paired(self.model, self.masks, "the model")
-        self._averaged = [pair for average in self.averages for pair in _paired(_averaged_module(average, self.masks), self.masks, "ema")]
+        averages = [averaged_module(average, self.masks) for average in self.averages]
+        self._averaged = [pair for average in averages for pair in _paired(average, self.masks, "ema")]
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         trained = [weight for _, weight, _ in self._held if weight.requires_grad]
         if trained and not any(id(weight) in stepped for weight in trained):
@@ -56,7 +57,9 @@ class Hold:
                 len(elsewhere),
                 elsewhere[0],
             )
-        self._handles = refuse_older_state(self.model, self.optimizer, carried_orders(self.model) if orders is None else orders)
+        orders = carried_orders(self.model) if orders is None else orders
+        accept_averages(self.model, averages, orders)
+        self._handles = refuse_older_state(self.model, self.optimizer, orders)
         self.apply()
         for _, weight, dropped in self._averaged:
             _fill(weight, dropped)
@@ -191,15 +194,6 @@ def _named_as(masks: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
     return model if inner is not model and masks.keys() <= dict(model.named_parameters()).keys() else inner
 
 
-def _averaged_module(average: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Return the module that holds the averaged weights under the model's names: `average` or its `.module`."""
-    inner = unwrap_model(average)
-    module = getattr(inner, "module", None)
-    if isinstance(module, nn.Module) and not masks.keys() <= dict(inner.named_parameters()).keys():
-        return unwrap_model(module)
-    return inner
-
-
 def hold(
     model: nn.Module,
     optimizer: Any,
@@ -220,12 +214,12 @@ def hold(
         pruning: what `prune` returned; without it the masks are those of the weights that are 2:4 now.
         ema: averages of the model (`AveragedModel` or any module with the same names): masked once, and zeros average to zero. A copy
             begun before pruning that is not given here brings the pruned weights back where it is used: `handle.check()` tells.
-        orders: name → axis → old index of every new place, of the reordering that the optimizer's state must follow; by default the one
-            the model carries from `permute`, `{}` for none.
+        orders: name → axis → old index of every new place, of the reordering that the optimizer's state and the averages must follow; by
+            default the one the model carries from `permute`, `{}` for none.
 
     Raises:
-        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, or the optimizer's state is older
-            than `orders`.
+        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, or the optimizer's state or an
+            average is older than `orders`.
     """
     masks = pruning.masks if pruning is not None and pruning.masks else derive_masks(model)
     if not masks:

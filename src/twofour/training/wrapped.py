@@ -1,5 +1,6 @@
 """What trainers wrap around models and optimizers, taken off."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         else:
             return inner  # type: ignore[no-any-return]
+
+
+def averaged_module(average: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Return the module that holds the averaged tensors under the model's `names`: `average` or its `.module`."""
+    inner = unwrap_model(average)
+    module = getattr(inner, "module", None)
+    own = {name for name, _ in inner.named_parameters(remove_duplicate=False)} | {n for n, _ in inner.named_buffers(remove_duplicate=False)}
+    return unwrap_model(module) if isinstance(module, nn.Module) and not own.issuperset(names) else inner
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

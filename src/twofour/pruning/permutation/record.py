@@ -1,5 +1,6 @@
 """The record of a permutation: what moved, what it keeps, how it was proven; and the way to and from the old order."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,17 @@ from twofour.pruning.permutation.proof import Check, tensors_of
 FORMAT = "twofour-permutation-1"
 # The attribute of a model that carries the record.
 ATTRIBUTE = "twofour_permutation"
+# The key of an optimizer's group that says which reordering its state follows; it travels with the optimizer's state_dict.
+ORDER_KEY = "twofour_order"
+
+
+def digest(orders: Mapping[str, Mapping[int, Any]]) -> str:
+    """Return 16 hex digits that identify the reordering, name → axis → old index of every new place."""
+    sha = hashlib.sha256()
+    for name in sorted(orders):
+        for axis in sorted(orders[name]):
+            sha.update(f"{name}\0{axis}\0".encode() + np.ascontiguousarray(orders[name][axis], np.int64).tobytes())
+    return sha.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -120,19 +132,26 @@ class Permutation:
         return result
 
     def optimizer_to_new(self, state: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
-        """The `state_dict()` of an optimizer in the new order.
+        """The `state_dict()` of an optimizer in the new order, marked as such: `twofour.hold` knows it by the mark.
 
         Args:
             parameters: names of the optimizer's parameters in the order of its groups.
 
         Raises:
-            InputError: a state tensor of a moved parameter has another shape than the parameter.
+            InputError: the state follows this permutation already, or a state tensor of a moved parameter has another shape than the
+                parameter.
         """
-        return self._optimizer(state, parameters, back=False)
+        mark = digest(self.moves) if self.moves else None
+        if mark and any(group.get(ORDER_KEY) == mark for group in state["param_groups"]):
+            raise InputError("optimizer_to_new: the state follows this permutation already, expected older state; call it once")
+        result = self._optimizer(state, parameters, back=False)
+        return {**result, "param_groups": [{**group, ORDER_KEY: mark} for group in state["param_groups"]]} if mark else result
 
     def optimizer_to_old(self, state: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
-        """The `state_dict()` of an optimizer in the original order; arguments as `optimizer_to_new`."""
-        return self._optimizer(state, parameters, back=True)
+        """The `state_dict()` of an optimizer in the original order, without the mark; arguments as `optimizer_to_new`."""
+        result = self._optimizer(state, parameters, back=True)
+        groups = [{key: value for key, value in group.items() if key != ORDER_KEY} for group in state["param_groups"]]
+        return {**result, "param_groups": groups}
 
     def _optimizer(self, state: Mapping[str, Any], parameters: Sequence[str], back: bool) -> dict[str, Any]:
         indices = [i for group in state["param_groups"] for i in group["params"]]
