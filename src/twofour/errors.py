@@ -12,6 +12,10 @@ class InputError(TwofourError, ValueError):
     """An argument, file or setting given by the user cannot be used."""
 
 
+class UserCodeError(InputError):
+    """Code that the user brought (a model, a metric, a loss, a data set) raised, or returned what cannot be used."""
+
+
 class MissingExtraError(TwofourError, ImportError):
     """An optional package is needed and absent; the message holds the pip line."""
 

@@ -12,7 +12,7 @@ from twofour.exchange.export import reference_outputs, rounding_tolerance
 from twofour.report.record import Agreement, Check
 from twofour.runtime import Engine
 from twofour.sources import Task
-from twofour.training.evaluate import batches_of, loader
+from twofour.training.evaluate import batches_of, forward, loader
 
 MOST_LOST_POINTS = 0.5
 
@@ -65,7 +65,7 @@ def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, bat
     targets: list[Tensor] = []
     differing = 0
     for inputs, target in batches_of(loader(task, "validation", batch)):
-        engine_outputs, outputs = engine(*inputs), model(*inputs)
+        engine_outputs, outputs = engine(*inputs), forward(model, inputs, torch.device("cpu"))
         if task.is_classification:
             differing += int((engine_outputs.argmax(1) != outputs.argmax(1)).sum())
         else:
@@ -78,8 +78,8 @@ def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, bat
     engine_all, torch_all, target_all = torch.cat(ours), torch.cat(theirs), torch.cat(targets)
     return Agreement(
         variant="2:4" if variant == "2:4" else "dense",
-        engine_metric=task.metric.function(engine_all, target_all),
-        torch_metric=task.metric.function(torch_all, target_all),
+        engine_metric=task.metric_of(engine_all, target_all),
+        torch_metric=task.metric_of(torch_all, target_all),
         differing_predictions=differing,
         items=len(target_all),
         largest_error=float((engine_all - torch_all).abs().max()),

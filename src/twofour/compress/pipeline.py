@@ -21,7 +21,7 @@ from twofour.compress.records import Records
 from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
 from twofour.compress.trainings import CONTROL, SeedRun, Trainings
-from twofour.errors import InputError, VerificationError, nearest
+from twofour.errors import InputError, TwofourError, UserCodeError, VerificationError, nearest
 from twofour.exchange import Exported, export, inspect, refuse_unexportable
 from twofour.files import write_text
 from twofour.plan import Plan
@@ -194,7 +194,9 @@ def _logged(settings: Settings, standing: Standing) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(InputError):
-            log.error("ended: %s: %s", type(error).__name__, error)
+            # An error of our own says it all; of anybody else's code the place is needed.
+            foreign = isinstance(error, UserCodeError) or not isinstance(error, (TwofourError, KeyboardInterrupt))
+            log.error("ended: %s: %s", type(error).__name__, error, exc_info=foreign)
         raise
     finally:
         logger.removeHandler(handler)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from twofour.compress.events import Event, Listener, StageFinished, StageStarted
+from twofour.errors import UserCodeError
 from twofour.files import write_text
 
 log = logging.getLogger("twofour.compress")
@@ -40,7 +41,10 @@ class Stages:
         log.info("%s …", name)
         self._current = (name, self.seconds.get(name, 0.0), time.perf_counter())
         summaries: list[str] = []
-        yield summaries
+        try:
+            yield summaries
+        except UserCodeError as error:
+            raise UserCodeError(f"{name}: {error}") from error
         self.mark()
         self._current = None
         for summary in summaries:

@@ -13,7 +13,7 @@ from twofour.compress.folder import LAST_GOOD
 from twofour.compress.records import Pruned, Records
 from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
-from twofour.errors import TrainingError
+from twofour.errors import TrainingError, UserCodeError
 from twofour.pruning import Pruning, prune, reestimate_batchnorm
 from twofour.pruning.calibration import tracked_norms
 from twofour.pruning.methods import METHODS
@@ -148,6 +148,8 @@ class Trainings:
                 made = train(start(), task, recipe, masks=masks, teacher=teacher, progress=progress, steps=steps, state=state)
             except TrainingError as error:
                 raise TrainingError(f"seed {seed}, {variant}: {self._kept(state, error)}") from error
+            except UserCodeError as error:
+                raise UserCodeError(f"seed {seed}, {variant}, {error}") from error
             finally:
                 stages.mark()
             names = {"model": self.settings.model, "data": self.settings.data}

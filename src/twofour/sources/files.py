@@ -3,11 +3,13 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twofour.errors import InputError, nearest
+from twofour.errors import InputError, UserCodeError, nearest
+from twofour.sources.user_code import interrupts_noted, raised_text
 
 
 def is_function_spec(spec: str) -> bool:
@@ -31,10 +33,8 @@ def load_function(spec: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(module_spec)
     sys.path.insert(0, str(path.absolute().parent))
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        # The user's file may raise anything; its own line is the useful part.
-        raise InputError(f"file {file!r} cannot be run: {type(error).__name__}: {error}") from error
+        with _one_sentence(f"file {file!r} cannot be run"):
+            module_spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
@@ -44,6 +44,18 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Run the user's file or function; whatever it raises, an exit or an interrupt of its own included, becomes one sentence."""
+    with interrupts_noted() as pressed:
+        try:
+            yield
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if pressed and isinstance(error, KeyboardInterrupt):
+                raise
+            raise UserCodeError(f"{what}: {raised_text(error)}") from error
+
+
 def call_function(spec: str, **offered: Any) -> Any:
     """Call the function of `spec` with those of `offered` that it takes by name.
 
@@ -51,8 +63,6 @@ def call_function(spec: str, **offered: Any) -> Any:
         InputError: as `load_function`, or the function itself fails.
     """
     function = load_function(spec)
-    try:
+    with _one_sentence(f"function {spec!r} failed"):
         takes = inspect.signature(function).parameters
         return function(**{name: value for name, value in offered.items() if name in takes})
-    except Exception as error:
-        raise InputError(f"function {spec!r} failed: {type(error).__name__}: {error}") from error

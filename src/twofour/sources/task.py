@@ -1,5 +1,6 @@
 """A task: data to train and validate on, the loss that is minimised, the metric that is reported."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from twofour.errors import InputError
+from twofour.errors import InputError, UserCodeError
+from twofour.sources.user_code import place_of, user_code
 
 # What one batch holds for the model: its only input, or one tensor an argument of its `forward`, in order.
 Inputs = Tensor | tuple[Tensor, ...]
@@ -103,8 +105,28 @@ class Task:
     def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """Return the scalar loss: the task's own, or cross entropy."""
         if self.loss is not None:
-            return self.loss(outputs, targets, label_smoothing)
+            with user_code(f"the loss of data {self.name!r}"):
+                loss = self.loss(outputs, targets, label_smoothing)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                kind = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise UserCodeError(f"the loss of data {self.name!r} returned {kind}, expected a tensor of one element, differentiable")
+            return loss
         return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def metric_of(self, outputs: Tensor, targets: Tensor) -> float:
+        """Return the metric of all outputs and targets.
+
+        Raises:
+            UserCodeError: its function raised, or returned no finite number.
+        """
+        with user_code(f"the metric {self.metric.name!r} of data {self.name!r}"):
+            value = float(self.metric.function(outputs, targets))
+        if not math.isfinite(value):
+            raise UserCodeError(
+                f"the metric {self.metric.name!r} of data {self.name!r} is {value} on {len(targets)} validation items, expected a finite "
+                "number; mend its function or the data"
+            )
+        return value
 
     def example_inputs(self, batch: int = 2) -> tuple[Tensor, ...]:
         """Return one batch of validation inputs, as the model takes them; a set of fewer items is gone through again.
@@ -115,8 +137,10 @@ class Task:
         count = len(self.validation)  # type: ignore[arg-type]
         if not count:
             raise InputError(f"data {self.name!r} has no validation items, expected at least one")
-        items = [self.validation[i % count] for i in range(batch)]
-        made = self.collate(items) if self.collate else torch.utils.data.default_collate(items)
+        with user_code(f"data {self.name!r}: a validation item"):
+            items = [self.validation[i % count] for i in range(batch)]
+        with user_code(f"data {self.name!r}: collating validation items"):
+            made = self.collate(items) if self.collate else torch.utils.data.default_collate(items)
         if not isinstance(made, (tuple, list)) or len(made) != 2:
             kind = f"{type(made).__name__} of {len(made)}" if isinstance(made, (tuple, list)) else type(made).__name__
             raise InputError(f"data {self.name!r}: a batch is a {kind}, expected (inputs, targets)")
@@ -134,11 +158,12 @@ class Task:
         try:
             with torch.no_grad():
                 outputs = model(*inputs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Whatever the user's network raises on an input that it was not made for.
             shapes = ", ".join(f"{x.dtype}{list(x.shape)}".removeprefix("torch.") for x in inputs)
             first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"the model does not take the inputs of data {self.name!r} ({shapes}): {first_line}") from error
+            place = f" ({place})" if (place := place_of(error)) else ""
+            raise InputError(f"the model does not take the inputs of data {self.name!r} ({shapes}): {first_line}{place}") from error
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from twofour.errors import InputError
 from twofour.pruning.capture import in_eval_mode
 from twofour.sources import ArrayDataset, Inputs, Task, inputs_of
+from twofour.sources.user_code import user_code
 
 
 def loader(task: Task, split: str, batch: int, generator: torch.Generator | None = None) -> DataLoader[Any]:
@@ -39,7 +40,7 @@ def batches_of(batches: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Ten
         except InputError as error:
             # A worker's error arrives as text, with the traceback of its process before the sentence.
             raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].strip()) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
             told = lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
             raise InputError(f"data: a batch cannot be loaded: {told.strip()}; mend the data set or its collate") from error
@@ -61,11 +62,23 @@ def calibration_batches(task: Task, batch: int = 256, most: int = 8) -> Iterator
         yield inputs if len(inputs) > 1 else inputs[0]
 
 
+def forward(model: nn.Module, inputs: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the model's outputs for a batch's inputs, on `device`.
+
+    Raises:
+        UserCodeError: the model raised.
+    """
+    arguments = [x.to(device) for x in inputs]
+    with user_code("the model's forward"):
+        outputs: Tensor = model(*arguments)
+    return outputs
+
+
 def evaluate_loss(model: nn.Module, task: Task, batch: int = 256) -> float:
     """Return the task's loss of `model` in eval mode over the validation set, without label smoothing."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with in_eval_mode(model), torch.inference_mode():
-        outputs, targets = predict(lambda *inputs: model(*(x.to(device) for x in inputs)), task, batch)
+        outputs, targets = predict(lambda *inputs: forward(model, inputs, device), task, batch)
         return float(task.loss_of(outputs, targets, 0.0))
 
 
@@ -73,6 +86,6 @@ def evaluate(model: nn.Module, task: Task, batch: int = 256) -> float:
     """Return the task's metric of `model` in eval mode on the validation set."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with in_eval_mode(model), torch.inference_mode():
-        outputs, targets = predict(lambda *inputs: model(*(x.to(device) for x in inputs)), task, batch)
+        outputs, targets = predict(lambda *inputs: forward(model, inputs, device), task, batch)
     task.refuse_labels(outputs, targets)
-    return task.metric.function(outputs, targets)
+    return task.metric_of(outputs, targets)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from twofour.errors import InputError, TrainingError
+from twofour.errors import InputError, TrainingError, UserCodeError
 from twofour.sources import Task
+from twofour.sources.user_code import user_code
 from twofour.training.augment import augmented, refuse_unaugmentable
 from twofour.training.checkpoint import Checkpoint, Epoch
-from twofour.training.evaluate import batches_of, evaluate, loader
+from twofour.training.evaluate import batches_of, evaluate, forward, loader
 from twofour.training.hold import Hold, derive_masks
 from twofour.training.recipe import OptimizerSection, Recipe, ScheduleSection
 from twofour.training.state import Training, seeded
@@ -172,8 +173,11 @@ class _Run:
                 history = self.training.load(self.state)
             for number in range(len(history) + 1, self.recipe.epochs + 1):
                 start = time.perf_counter()
-                loss = self._epoch(number, steps)
-                metric = evaluate(self.average.module if self.average is not None else self.model, self.data)
+                try:
+                    loss = self._epoch(number, steps)
+                    metric = evaluate(self.average.module if self.average is not None else self.model, self.data)
+                except UserCodeError as error:
+                    raise UserCodeError(f"epoch {number}: {error}") from error
                 epoch = Epoch(number, loss, metric, float(self.schedule.get_last_lr()[0]), time.perf_counter() - start)
                 history.append(epoch)
                 if self.state is not None:
@@ -213,16 +217,17 @@ class _Run:
         inputs = tuple(x.to(self.device) for x in inputs)
         if recipe.augmentation.is_on:
             inputs = (augmented(inputs[0], recipe.augmentation, self.order), *inputs[1:])
-        outputs = self.model(*inputs)
+        outputs = forward(self.model, inputs, self.device)
         self.data.refuse_labels(outputs, targets)
         loss = self.data.loss_of(outputs, targets.to(self.device), recipe.label_smoothing)
         if self.teacher is not None and recipe.distillation.weight:
             with torch.no_grad():
-                guide = self.teacher(*inputs)
+                guide = forward(self.teacher, inputs, self.device)
             weight = recipe.distillation.weight
             loss = (1 - weight) * loss + weight * distillation_loss(outputs, guide, recipe.distillation.temperature)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with user_code("the backward pass"):
+            loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:

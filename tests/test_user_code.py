@@ -1,0 +1,186 @@
+"""What a user's own code raises, at any moment of a run, is one sentence and exit code 2; the traceback is in the log and with --debug."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from twofour.cli import main
+from twofour.errors import UserCodeError
+from twofour.sources.files import call_function
+
+# Each factory gives a task or a network of which one part breaks.
+OWN = """
+import os, signal, sys
+import torch
+from torch import nn
+from twofour.sources import ArrayDataset, Metric, Task
+
+def data(metric=None, loss=None, train=None):
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    plain = Metric("agreement", lambda outputs, targets: 100 * float((outputs.argmax(1) == targets).float().mean()))
+    return Task("own", train or ArrayDataset(x, y), ArrayDataset(x, y), 2, metric=metric or plain, loss=loss)
+
+def whole():
+    return data()
+
+def broken_metric():
+    def f1(outputs, targets):
+        raise KeyError("recall")
+    return data(Metric("f1", f1))
+
+def nan_metric():
+    return data(Metric("f1", lambda outputs, targets: float("nan")))
+
+def late_nan_metric():
+    calls = []
+    def f1(outputs, targets):
+        calls.append(1)
+        return 0.5 if len(calls) < 3 else torch.tensor(float("inf"))
+    return data(Metric("f1", f1))
+
+def broken_loss():
+    def loss(outputs, targets, smoothing):
+        raise ValueError("no such reduction")
+    return data(loss=loss)
+
+def wide_loss():
+    return data(loss=lambda outputs, targets, smoothing: outputs)
+
+def leaving_loss():
+    def loss(outputs, targets, smoothing):
+        sys.exit(0)
+    return data(loss=loss)
+
+class Leaving(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+    def __getitem__(self, index):
+        sys.exit(0)
+
+def leaving_items():
+    return data(train=Leaving())
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.hidden, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.hidden(torch.relu(self.first(x)))))
+
+class OnlyEval(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        if self.training:
+            raise RuntimeError("not written yet")
+        return y
+
+class OnlyForward(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        if self.training:
+            y.register_hook(self.gradient)
+        return y
+
+    def gradient(self, value):
+        raise RuntimeError("no gradient")
+
+def net(num_classes):
+    return Net(num_classes)
+
+def only_eval(num_classes):
+    return OnlyEval(num_classes)
+
+def only_forward(num_classes):
+    return OnlyForward(num_classes)
+
+def leaves():
+    sys.exit(0)
+
+def interrupts():
+    raise KeyboardInterrupt
+
+def is_interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    Path("r.toml").write_text('epochs = 2\nbatch = 16\n[optimizer]\nname = "adam"\nlr = 1e-3\n')
+    return tmp_path
+
+
+def compress(model: str, data: str, *options: str, before: tuple[str, ...] = ()) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([*before, "compress", f"own.py:{model}", "--data", f"own.py:{data}", "--recipe", "r.toml", "--out", "run", *options])
+    return int(stop.value.code or 0)
+
+
+IN_TRAINING = "train, prune, retrain: seed 0, dense, epoch 1: "
+PLACE = r" \(line \d+ of '.*own\.py', in {}\); mend it, --debug shows the traceback"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "sentence"),
+    [
+        ("only_eval", "whole", r"the model's forward raised RuntimeError: not written yet" + PLACE.format("forward")),
+        ("only_forward", "whole", r"the backward pass raised RuntimeError: no gradient" + PLACE.format("gradient")),
+        ("net", "broken_metric", r"the metric 'f1' of data 'own' raised KeyError: 'recall'" + PLACE.format("f1")),
+        ("net", "broken_loss", r"the loss of data 'own' raised ValueError: no such reduction" + PLACE.format("loss")),
+        ("net", "leaving_loss", r"the loss of data 'own' raised SystemExit: 0" + PLACE.format("loss")),
+        ("net", "wide_loss", r"the loss of data 'own' returned a tensor \[16, 2\], expected a tensor of one element"),
+        ("net", "nan_metric", r"the metric 'f1' of data 'own' is nan on 32 validation items, expected a finite number; mend"),
+    ],
+)
+def test_what_breaks_in_training_is_one_sentence_an_event_and_a_traceback_in_the_log(
+    own: Path, capsys: pytest.CaptureFixture[str], model: str, data: str, sentence: str
+) -> None:
+    assert compress(model, data, "--json") == 2
+    told = capsys.readouterr()
+    assert len(told.err.splitlines()) == 1
+    assert told.err.startswith(f"twofour: {IN_TRAINING}")
+    assert re.search(sentence, told.err), told.err
+    last = json.loads(told.out.splitlines()[-1])
+    assert (last["event"], f"twofour: {last['message']}") == ("failed", told.err.strip())
+    assert "Traceback" in (own / "run" / "log.txt").read_text()
+
+
+def test_a_metric_that_turns_infinite_later_names_the_stage(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress("net", "late_nan_metric") == 2
+    assert "train, prune, retrain: the metric 'f1' of data 'own' is inf on 32" in capsys.readouterr().err
+
+
+def test_items_that_leave_do_not_end_the_run_with_their_code(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress("net", "leaving_items") == 2
+    assert "a batch cannot be loaded: SystemExit: 0; mend the data set" in capsys.readouterr().err
+
+
+def test_debug_shows_the_users_own_line(own: Path) -> None:
+    with pytest.raises(UserCodeError) as caught:
+        main(["--debug", "compress", "own.py:net", "--data", "own.py:broken_metric", "--recipe", "r.toml", "--out", "run"])
+    causes = [caught.value]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
+    assert isinstance(causes[-1], KeyError)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("leaves", "SystemExit: 0"), ("interrupts", "KeyboardInterrupt")])
+def test_a_factory_that_leaves_or_interrupts_is_one_sentence(own: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str) -> None:
+    assert compress(name, "whole") == 2
+    assert f"function 'own.py:{name}' failed: {kind} (line " in capsys.readouterr().err
+    assert compress("net", name) == 2
+    assert f"function 'own.py:{name}' failed: {kind} (line " in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_factory_is_still_ctrl_c(own: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        call_function("own.py:is_interrupted")
+    assert signal.getsignal(signal.SIGINT) is before
