@@ -288,6 +288,35 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / f"out{number}" / "model.safetensors").exists()
 
 
+def test_a_value_that_is_not_finite_in_a_later_file_leaves_nothing_of_the_call(tmp_path: Path) -> None:
+    source, out = checkpoint(tmp_path / "dense"), tmp_path / "out"
+    second = source / "model-00002-of-00002.safetensors"
+    sound = second.read_bytes()
+    tensors = load_file(second)
+    tensors["model.layers.0.mlp.experts.0.up_proj.weight"][200, 3] = float("nan")
+    save_file(tensors, second, {"format": "pt"})
+    refused(source, out, "up_proj.weight' holds NaN or infinity")
+    assert not out.exists()
+    # What an earlier call finished stays, and so does what it says of it.
+    second.write_bytes(sound)
+    prune_files(source, out)
+    (out / "config.json").unlink()
+    earlier = {name: digest for name, digest in digests(out).items() if name.endswith("safetensors")}
+    save_file(tensors, second, {"format": "pt"})
+    refused(source, out, "up_proj.weight' holds NaN or infinity")
+    assert {name: digest for name, digest in digests(out).items() if name.endswith("safetensors")} == earlier
+    assert not (out / "config.json").exists()
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    source.mkdir()
+    for name in ("a", "b"):
+        save_file({"x.weight": drawn(8, 8)}, source / f"{name}.safetensors")
+    refused(source, tmp_path / "out", r"tensor 'x\.weight' is in 'a\.safetensors' and in 'b\.safetensors', expected it once")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_prune_and_unfit_folders_are_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "dense")
     refused(source, source, "is the source itself, expected another folder")

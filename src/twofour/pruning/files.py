@@ -60,6 +60,7 @@ def prune_files(
     Raises:
         InputError: shards missing or damaged, a tensor with NaN or infinity, a glob that matches nothing, nothing to prune, an `out`
             that holds something else, or a disk that fills. `source` is never written.
+            What a refused call made is removed, unless the disk was full.
     """
     source, out, pattern = Path(source), Path(out), Pattern.parse(pattern)
     shards = find_shards(source)
@@ -78,6 +79,7 @@ def prune_files(
         if progress is not None:
             progress(name, done, total)
 
+    before = {path.name for path in out.iterdir()} if out.is_dir() else None
     try:
         out.mkdir(parents=True, exist_ok=True)
         notes = _copy_others(source, out)
@@ -87,6 +89,10 @@ def prune_files(
             else:
                 journal.add(shard, *_prune_shard(shard, out / shard.path.name, pattern, records, advance))
         journal.finish()
+    except InputError:
+        # Not a set that a second call could finish: what this call made would be half a checkpoint that looks like one.
+        journal.forget(_remove_new(out, before))
+        raise
     except OSError as error:
         raise InputError(
             f"prune_files cannot write {str(out)!r}: {error.strerror or error}; what is finished stays and the same call goes on from there"
@@ -94,6 +100,16 @@ def prune_files(
     kept = journal.kept_magnitudes()
     layers = tuple(replace(r, kept_magnitude=kept[name]) if r.eligible else r for name, r in records.items())
     return Pruning("magnitude", layers, notes=tuple(notes), pattern=str(pattern))
+
+
+def _remove_new(out: Path, before: set[str] | None) -> set[str]:
+    """Remove what is not in `before`, and the folder if there was none; return the names of the files removed."""
+    removed = {path.name for path in out.iterdir() if path.name not in (before or ())}
+    for name in removed:
+        (out / name).unlink()
+    if before is None:
+        out.rmdir()
+    return removed
 
 
 def _first_reasons(records: dict[str, LayerRecord]) -> str:
@@ -141,6 +157,12 @@ class Journal:
         """Record a finished shard."""
         self.value["shards"][shard.path.name] = {"source": shard.identity, "sha256": sha256, "kept_magnitude": kept}
         write_aside(self.path, json.dumps(self.value, indent=1).encode())
+
+    def forget(self, removed: set[str]) -> None:
+        """Drop the record of shards that were removed, if the journal itself was not."""
+        if self.path.is_file():
+            self.value["shards"] = {name: entry for name, entry in self.value["shards"].items() if name not in removed}
+            write_aside(self.path, json.dumps(self.value, indent=1).encode())
 
     def finish(self) -> None:
         """Record that every shard is there."""

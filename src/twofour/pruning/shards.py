@@ -79,7 +79,7 @@ def find_shards(source: Path) -> list[Shard]:
     """Return the files of a checkpoint: those its index names, else every `*.safetensors` of the folder, or the file itself.
 
     Raises:
-        InputError: none there, one missing or damaged, or an index that disagrees with the files.
+        InputError: none there, one missing or damaged, a tensor in two of them, or an index that disagrees with the files.
     """
     if source.is_file():
         return [read_shard(source)]
@@ -90,7 +90,7 @@ def find_shards(source: Path) -> list[Shard]:
         paths = sorted(source.glob("*.safetensors"))
         if not paths:
             raise InputError(f"checkpoint {str(source)!r} holds no *.safetensors file; convert it to safetensors first")
-        return [read_shard(path) for path in paths]
+        return _without_duplicates([read_shard(path) for path in paths])
     shards: dict[str, Shard] = {}
     for index in indices:
         try:
@@ -105,7 +105,19 @@ def find_shards(source: Path) -> list[Shard]:
             absent = sorted(tensor for tensor, file in file_of.items() if file == name and tensor not in held)
             if absent:
                 raise InputError(f"shard {name!r} lacks {absent[0]!r} that the index {index.name!r} places there; copy the set again")
-    return list(shards.values())
+    return _without_duplicates(list(shards.values()))
+
+
+def _without_duplicates(shards: list[Shard]) -> list[Shard]:
+    file_of: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            first = file_of.setdefault(entry.name, shard.path.name)
+            if first != shard.path.name:
+                raise InputError(
+                    f"tensor {entry.name!r} is in {first!r} and in {shard.path.name!r}, expected it once; give one of the files alone"
+                )
+    return shards
 
 
 def sha256_of(path: Path) -> str:
