@@ -124,6 +124,8 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
         ),
         (["prune", "demo", "--out", "x.safetensors"], r"prune: no data given, expected --data NAME; or give a folder of safetensors"),
         (["prune", "no/such", "--out", "x"], r"no/such"),
+        (["prune", "nodir", "--out", "x"], r"prune: 'nodir' does not exist, expected a folder with safetensors files, one such file or a"),
+        (["prune", "a.safetensors", "--out", "x", "--permute"], r"prune: --permute needs the network, expected MODEL with --data"),
         (["prune", "a.safetensors", "--out", "x", "--method", "wanda"], r"method 'wanda' needs the network, expected magnitude for files"),
         (["train", "demo", "--data", "digits", "--out", "x.txt"], r"--out 'x.txt' does not end with .safetensors"),
         (["inspect", "x" * 300 + ".onnx"], r"cannot be read: File name too long"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from twofour.cli import names, options
 from twofour.cli.asked import Asked
@@ -34,7 +35,7 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
     """
     from twofour.errors import InputError
     from twofour.files import refuse_same, require_suffix
-    from twofour.sources.models import is_model_spec
+    from twofour.sources.models import is_model_spec, names_source
 
     asked = Asked(**how)
     asked.refuse_contradictions()
@@ -43,11 +44,15 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
             raise InputError(f"prune: {what!r} names files, expected a model for --data and --weights; leave them out")
         if asked.sensitivity or asked.keep_dense or asked.by_block:
             raise InputError("prune: --sensitivity, --keep-dense and --by-block run the network, expected MODEL with --data and --weights")
+        if asked.permute and click.get_current_context().get_parameter_source("permute") is ParameterSource.COMMANDLINE:
+            raise InputError("prune: --permute needs the network, expected MODEL with --data and --weights; leave it out for files")
         if out.suffix == ".safetensors":
             raise InputError(f"prune: --out {str(out)!r} is made a folder, expected a folder's name")
         refuse_same(out, what)
         _prune_files(Path(what), out, asked.method, asked.pattern, asked.include, asked.exclude)
         return
+    if data is None and weights is None and not names_source(what):
+        raise InputError(f"prune: {what!r} does not exist, expected a folder with safetensors files, one such file or a model's name")
     require_suffix(out, ".json" if asked.sensitivity else ".safetensors", "prune: --out")
     refuse_same(out, weights)
     if data is None or weights is None:

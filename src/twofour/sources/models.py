@@ -156,10 +156,14 @@ def known_models() -> list[str]:
     return [*sorted(MODELS), *(f"{zoo}:NAME" for zoo in ZOOS if zoo != "hf"), "hf:NAME_OR_DIR", "FILE.py:FUNCTION"]
 
 
+def names_source(spec: str) -> bool:
+    """Whether `spec` is the name of a model here, or of one in a file or a zoo."""
+    return spec in MODELS or is_function_spec(spec) or spec.partition(":")[0] in ZOOS
+
+
 def is_model_spec(spec: str) -> bool:
     """Whether `spec` names a model rather than a file or folder: a known name wins over a folder of that name."""
-    named = spec in MODELS or is_function_spec(spec) or spec.partition(":")[0] in ZOOS
-    return named or not (Path(spec).exists() or "/" in spec or "." in spec)
+    return names_source(spec) or not (Path(spec).exists() or "/" in spec or "." in spec)
 
 
 def resolve_model(spec: str) -> ModelSource:
