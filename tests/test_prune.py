@@ -271,3 +271,17 @@ def test_a_weight_that_a_parametrisation_computes_stays_dense(form: str) -> None
     assert {layer.reason for layer in computed} == {"its weight is computed by a parametrisation; remove the parametrisation first"}
     assert max(layer.flops or 0 for layer in computed) == 2 * 16 * 16
     assert all(torch.equal(p, before[name]) for name, p in wrapped.named_parameters())
+
+
+def test_arguments_of_another_kind_and_models_that_do_not_run_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    x = torch.randn(2, 8)
+    with pytest.raises(InputError, match=r"prune: model is of NoneType, expected a torch\.nn\.Module"):
+        twofour.prune(None, (x,))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"prune: example_inputs is of Tensor, expected a tuple of arguments; give \(x,\) for one x"):
+        twofour.prune(model, x)  # type: ignore[arg-type]
+    whole = nn.Linear(8, 8, bias=False)
+    whole.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match="the model does not run on the example inputs, expected inputs that it takes: ") as caught:
+        twofour.prune(whole, (x,))
+    assert "\n" not in str(caught.value)

@@ -105,6 +105,7 @@ def prepare(
     progress: Report | None = None,
 ) -> Prepared:
     """Check all that can be checked, and reorder the channels. Arguments and errors as of `prune`."""
+    refuse_arguments(model, example_inputs)
     how = find_method(method, METHODS)
     require_calibration(method, how, calibration)
     parsed = Pattern.parse(pattern)
@@ -177,6 +178,7 @@ def survey(
     Raises:
         InputError: no eligible layer, a glob that matches nothing, a model on the meta device or sharded over processes.
     """
+    refuse_arguments(model, example_inputs)
     pattern = Pattern.parse(pattern)
     refuse_unreadable(dict(model.named_parameters()))
     execution = execute(model, example_inputs)
@@ -191,6 +193,14 @@ def survey(
 def eligible_names(model: nn.Module, example_inputs: tuple[Any, ...], **options: Any) -> tuple[str, ...]:
     """Return the names of the weights that `prune` with the same `pattern`, `include` and `exclude` would prune."""
     return tuple(record.name for record in survey(model, example_inputs, **options)[0] if record.eligible)
+
+
+def refuse_arguments(model: Any, example_inputs: Any) -> None:
+    """Raise InputError unless `model` is a module and `example_inputs` a tuple or list of what its call takes."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"prune: model is of {type(model).__name__}, expected a torch.nn.Module to prune; give the network itself")
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(f"prune: example_inputs is of {type(example_inputs).__name__}, expected a tuple of arguments; give (x,) for one x")
 
 
 def refuse_unreadable(parameters: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from twofour.errors import InputError
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -109,6 +111,9 @@ def run_once(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[st
     try:
         with in_eval_mode(model), torch.no_grad():
             model(*example_inputs)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model does not run on the example inputs, expected inputs that it takes: {cause}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for handle in handles:
