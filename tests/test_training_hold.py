@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twofour.errors import InputError, VerificationError
-from twofour.pruning import prune
+from twofour.pruning import Pruning, prune
 from twofour.pruning.permutation import permute
-from twofour.pruning.permutation.record import Permutation, carry
+from twofour.pruning.permutation.record import Permutation, carried, carry
 from twofour.sources.models import DemoNet
-from twofour.training import derive_masks, hold
+from twofour.training import Checkpoint, derive_masks, hold
 from twofour.training.order import carried_orders, permute_average, permute_state
 
 
@@ -654,3 +654,54 @@ def test_state_mapped_by_the_permutation_is_known_by_its_mark() -> None:
     again.load_state_dict(permutation.optimizer_to_old(new, names))
     with pytest.raises(InputError, match="is older than the reordering"):
         hold(model, again, pruning)
+
+
+def test_state_older_than_a_recorded_reordering_is_refused_in_a_new_process(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = skewed()
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    model, optimizer = make()
+    steps(model, optimizer, range(2))
+    older = copy.deepcopy(optimizer.state_dict())
+    pruning = prune(model, (batch(0)[0],), permute=1.0)
+    carried(model).save(tmp_path / "order.safetensors")
+    Checkpoint.of(model, "accuracy", 0.0, pruning=pruning).save(tmp_path / "model.safetensors")
+
+    record = Checkpoint.pruning_of(tmp_path / "model.safetensors")
+    loaded, fresh = make()
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    message = r"hold: the optimizer's state of '0\.weight' is older than the reordering of its channels"
+    fresh.load_state_dict(older)
+    with pytest.raises(InputError, match=message):
+        hold(loaded, fresh, record)
+    hold(loaded, fresh, record, orders={}).remove()
+    orders = Permutation.load(tmp_path / "order.safetensors").moves
+    permute_state(loaded, fresh, orders)
+    with hold(loaded, fresh, record):
+        steps(loaded, fresh, range(1))
+        newer = copy.deepcopy(fresh.state_dict())
+        with pytest.raises(InputError, match=message):
+            fresh.load_state_dict(older)
+        fresh.load_state_dict(newer)
+
+    # An optimizer that is new is marked, and so is what it saves.
+    another = torch.optim.AdamW(loaded.parameters(), lr=0.01)
+    with hold(loaded, another, record):
+        steps(loaded, another, range(1))
+    again, its = make()
+    again.load_state_dict(loaded.state_dict())
+    its.load_state_dict(another.state_dict())
+    hold(again, its, record).remove()
+
+
+def test_a_pruning_of_another_channel_order_is_refused() -> None:
+    model = skewed()
+    first = prune(model, (batch(0)[0],), permute=1.0)
+    assert first.order
+    assert Pruning.from_json(first.to_json()).order == first.order
+    order = np.roll(np.arange(32), 1)
+    carry(model, Permutation(moves={"0.bias": {0: order}}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"hold: the pruning is of another channel order than the model's, expected its latest; prune it"):
+        hold(model, optimizer, first)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
+from twofour.pruning.permutation.record import digest
 from twofour.pruning.sharded import fill_zero, local, piece_like
 from twofour.training.masks import derive_masks
 from twofour.training.order import Orders, accept_averages, carried_orders, refuse_older_state
@@ -35,6 +36,7 @@ class Hold:
         *,
         ema: nn.Module | Sequence[nn.Module] = (),
         orders: Orders | None = None,
+        order: str = "",
     ) -> None:
         self.model = _named_as(masks, model)
         self.optimizer = unwrap_optimizer(optimizer)
@@ -57,9 +59,14 @@ class Hold:
                 len(elsewhere),
                 elsewhere[0],
             )
-        orders = carried_orders(self.model) if orders is None else orders
+        if orders is None:
+            orders = carried_orders(self.model)
+            if order and orders and order != digest(orders):
+                raise InputError("hold: the pruning is of another channel order than the model's, expected its latest; prune it again")
+        else:
+            order = ""
         accept_averages(self.model, averages, orders)
-        self._handles = refuse_older_state(self.model, self.optimizer, orders)
+        self._handles = refuse_older_state(self.model, self.optimizer, orders, order)
         self.apply()
         for _, weight, dropped in self._averaged:
             _fill(weight, dropped)
@@ -215,13 +222,15 @@ def hold(
         ema: averages of the model (`AveragedModel` or any module with the same names): masked once, and zeros average to zero. A copy
             begun before pruning that is not given here brings the pruned weights back where it is used: `handle.check()` tells.
         orders: name → axis → old index of every new place, of the reordering that the optimizer's state and the averages must follow; by
-            default the one the model carries from `permute`, `{}` for none.
+            default the one the model carries from `permute`, `{}` for none. A model loaded in a new process carries none; there the
+            record `pruning` says which reordering the optimizer's state must be marked with. Without the record it cannot be known.
 
     Raises:
-        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, or the optimizer's state or an
-            average is older than `orders`.
+        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, the optimizer's state or an
+            average is older than the reordering, or `pruning` is of another reordering than the model carries.
     """
     masks = pruning.masks if pruning is not None and pruning.masks else derive_masks(model)
     if not masks:
         raise InputError("hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first")
-    return Hold(model, optimizer, masks, ema=ema if isinstance(ema, nn.Module) else tuple(ema), orders=orders)
+    order = pruning.order if pruning is not None else ""
+    return Hold(model, optimizer, masks, ema=ema if isinstance(ema, nn.Module) else tuple(ema), orders=orders, order=order)
