@@ -266,6 +266,13 @@ def test_an_average_of_another_model_is_refused() -> None:
         hold(model, optimizer, pruning, ema=nn.Sequential(nn.Linear(16, 16)))
 
 
+@pytest.mark.parametrize("ema", ["x", None, 3, [nn.Linear(2, 2).state_dict()]])
+def test_an_average_that_is_no_module_is_refused(ema: Any) -> None:
+    model, pruning = pruned_network()
+    with pytest.raises(InputError, match=r"^hold: ema is .*, expected a module \(AveragedModel or a copy of the model\) or several$"):
+        hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning, ema=ema)
+
+
 def test_two_models_are_held_apart() -> None:
     (a, of_a), (b, of_b) = pruned_network(1), pruned_network(2)
     for_a, for_b = torch.optim.SGD(a.parameters(), lr=0.1), torch.optim.Adam(b.parameters(), lr=0.01)

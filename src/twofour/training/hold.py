@@ -34,7 +34,7 @@ class Hold:
         optimizer: Any,
         masks: Mapping[str, Tensor],
         *,
-        ema: nn.Module | Sequence[nn.Module] = (),
+        ema: nn.Module | Iterable[nn.Module] = (),
         orders: Orders | None = None,
         order: str = "",
     ) -> None:
@@ -42,7 +42,7 @@ class Hold:
         self.optimizer = unwrap_optimizer(optimizer)
         self.masks = dict(masks)
         self.num_steps = 0
-        self.averages = (ema,) if isinstance(ema, nn.Module) else tuple(ema)
+        self.averages = _modules(ema)
         self._held = _paired(self.model, self.masks, "the model")
         averages = [averaged_module(average, self.masks) for average in self.averages]
         self._averaged = [pair for average in averages for pair in _paired(average, self.masks, "ema")]
@@ -177,6 +177,14 @@ def _fill(weight: Tensor, dropped: Tensor) -> None:
     fill_zero(local(weight.detach()), dropped)
 
 
+def _modules(ema: nn.Module | Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    averages: tuple[Any, ...] = tuple(ema) if isinstance(ema, Iterable) and not isinstance(ema, nn.Module) else (ema,)
+    for average in averages:
+        if not isinstance(average, nn.Module):
+            raise InputError(f"hold: ema is {average!r:.40}, expected a module (AveragedModel or a copy of the model) or several")
+    return averages
+
+
 def _paired(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> list[Pair]:
     """Return name, parameter and this process's piece of the inverted mask, for each mask."""
     parameters = dict(model.named_parameters())
@@ -233,4 +241,4 @@ def hold(
     if not masks:
         raise InputError("hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first")
     order = pruning.order if pruning is not None else ""
-    return Hold(model, optimizer, masks, ema=ema if isinstance(ema, nn.Module) else tuple(ema), orders=orders, order=order)
+    return Hold(model, optimizer, masks, ema=ema, orders=orders, order=order)
