@@ -25,7 +25,6 @@ class Hold:
 
     Attributes:
         masks: bool masks by parameter name, True where the weight is kept.
-        num_steps: steps of the optimizer seen; a step that a GradScaler skips is none.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Hold:
         self.model = _named_as(masks, model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.masks = dict(masks)
-        self.num_steps = 0
+        self._calls, self._skipped = 0, torch.zeros(())
         self.averages = _modules(ema)
         self._held = _paired(self.model, self.masks, "the model")
         averages = [averaged_module(average, self.masks) for average in self.averages]
@@ -73,6 +72,11 @@ class Hold:
         self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the optimizer seen; a step that a GradScaler skips is none. Under a fused optimizer on a GPU reading it waits."""
+        return self._calls - int(self._skipped)
+
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -91,7 +95,11 @@ class Hold:
         return ((args[0], masked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": masked})
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.num_steps += 1
+        self._calls += 1
+        # A GradScaler lets a fused optimizer skip inside its kernel, and says so in a tensor, which is counted without waiting for it.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            self._skipped = self._skipped.to(found_inf.device) + (found_inf != 0).any()
         self.apply()
 
     def apply(self) -> None:
