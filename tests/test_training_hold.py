@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twofour.errors import InputError, VerificationError
+from twofour.exchange import export
 from twofour.pruning import Pruning, prune
 from twofour.pruning.permutation import permute
 from twofour.pruning.permutation.record import Permutation, carried, carry
@@ -307,6 +308,16 @@ def test_an_optimizer_that_lost_its_hooks_is_found_and_held_again(copied: Callab
     with hold(model, optimizer, pruning):
         steps(model, optimizer, range(2))
         assert_held(model, pruning.masks)
+
+
+def test_an_average_that_was_not_given_is_found_by_export_with_the_record_only(tmp_path: Path) -> None:
+    model = network()
+    average = copy.deepcopy(model)
+    pruning = prune(model, (batch(0)[0],), permute=False)
+    hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning).check()
+    with pytest.raises(VerificationError, match="layers are not 2:4"):
+        export(average.eval(), (batch(0)[0],), tmp_path / "average.onnx", pruning=pruning)
+    export(average.eval(), (batch(0)[0],), tmp_path / "average.onnx")
 
 
 def test_a_parameter_replaced_after_hold_is_found() -> None:

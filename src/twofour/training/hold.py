@@ -236,7 +236,8 @@ def hold(
     Args:
         pruning: what `prune` returned; without it the masks are those of the weights that are 2:4 now.
         ema: averages of the model (`AveragedModel` or any module with the same names): masked once, and zeros average to zero. A copy
-            begun before pruning that is not given here brings the pruned weights back where it is used: `handle.check()` tells.
+            begun before pruning that is not given here is not seen: it brings the pruned weights back where it is used.
+            `handle.check()` finds them only once they are loaded into `model`, `twofour.export` only with `pruning=`.
         orders: name → axis → old index of every new place, of the reordering that the optimizer's state and the averages must follow; by
             default the one the model carries from `permute`, `{}` for none. A model loaded in a new process carries none; there the
             record `pruning` says which reordering the optimizer's state must be marked with. Without the record it cannot be known.
