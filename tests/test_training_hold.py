@@ -310,6 +310,26 @@ def test_an_optimizer_that_lost_its_hooks_is_found_and_held_again(copied: Callab
         assert_held(model, pruning.masks)
 
 
+def test_a_copy_that_stepped_without_its_hooks_is_told_why() -> None:
+    model, pruning = pruned_network()
+    handle = hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning)
+    model, optimizer = copy.deepcopy((model, handle.optimizer))
+    steps(model, optimizer, range(1))
+    handle.check()  # the copy is another model
+    groups = [w.detach().unflatten(1, (-1, 4)) for w in (model[0].weight, model[3].weight, model[5].weight)]
+    dense = sum(int(((g != 0).sum(2) > 2).sum()) for g in groups)
+    total = sum(g.shape[0] * g.shape[1] for g in groups)
+    message = (
+        rf"a copied or unpickled optimizer has lost them\) has filled pruned places since \({dense} of {total} groups hold more than two "
+        r"non-zeros now\): restore the pruned checkpoint, or pass pruning=$"
+    )
+    with pytest.raises(InputError, match=message):
+        hold(model, optimizer)
+    with hold(model, optimizer, pruning):
+        steps(model, optimizer, range(1))
+        assert_held(model, pruning.masks)
+
+
 def test_an_average_that_was_not_given_is_found_by_export_with_the_record_only(tmp_path: Path) -> None:
     model = network()
     average = copy.deepcopy(model)

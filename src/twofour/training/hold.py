@@ -12,7 +12,7 @@ from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
 from twofour.pruning.permutation.record import digest
 from twofour.pruning.sharded import fill_zero, local, piece_like
-from twofour.training.masks import derive_masks
+from twofour.training.masks import count_dense_groups, derive_masks
 from twofour.training.order import Orders, accept_averages, carried_orders, refuse_older_state
 from twofour.training.wrapped import averaged_module, unwrap_model, unwrap_optimizer
 
@@ -248,6 +248,11 @@ def hold(
     """
     masks = pruning.masks if pruning is not None and pruning.masks else derive_masks(model)
     if not masks:
-        raise InputError("hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first")
+        dense, total = count_dense_groups(model)
+        raise InputError(
+            f"hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first, or if that was done, a step without "
+            f"the hooks (a copied or unpickled optimizer has lost them) has filled pruned places since ({dense} of {total} groups hold "
+            "more than two non-zeros now): restore the pruned checkpoint, or pass pruning="
+        )
     order = pruning.order if pruning is not None else ""
     return Hold(model, optimizer, masks, ema=ema, orders=orders, order=order)
