@@ -16,11 +16,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twofour.errors import InputError, VerificationError
-from twofour.pruning import prune
+from twofour.exchange import export
+from twofour.pruning import Pruning, prune
 from twofour.pruning.permutation import permute
-from twofour.pruning.permutation.record import Permutation, carry
+from twofour.pruning.permutation.record import Permutation, carried, carry
 from twofour.sources.models import DemoNet
-from twofour.training import derive_masks, hold
+from twofour.training import Checkpoint, derive_masks, hold
 from twofour.training.order import carried_orders, permute_average, permute_state
 
 
@@ -170,7 +171,7 @@ def test_grad_scaler_steps_and_skips(fused: bool) -> None:
             assert torch.equal(before, model[3].weight.detach()) == poison
             assert_held(model, pruning.masks)
         assert scaler.get_scale() < 2.0**8  # a step was skipped
-        assert handle.num_steps == (3 if fused else 2)  # a fused optimizer is called and skips inside
+        assert handle.num_steps == 2  # a fused optimizer is called and skips inside
 
 
 def test_a_gradient_that_is_not_finite_leaves_zeros_at_zero() -> None:
@@ -266,6 +267,13 @@ def test_an_average_of_another_model_is_refused() -> None:
         hold(model, optimizer, pruning, ema=nn.Sequential(nn.Linear(16, 16)))
 
 
+@pytest.mark.parametrize("ema", ["x", None, 3, [nn.Linear(2, 2).state_dict()]])
+def test_an_average_that_is_no_module_is_refused(ema: Any) -> None:
+    model, pruning = pruned_network()
+    with pytest.raises(InputError, match=r"^hold: ema is .*, expected a module \(AveragedModel or a copy of the model\) or several$"):
+        hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning, ema=ema)
+
+
 def test_two_models_are_held_apart() -> None:
     (a, of_a), (b, of_b) = pruned_network(1), pruned_network(2)
     for_a, for_b = torch.optim.SGD(a.parameters(), lr=0.1), torch.optim.Adam(b.parameters(), lr=0.01)
@@ -300,6 +308,36 @@ def test_an_optimizer_that_lost_its_hooks_is_found_and_held_again(copied: Callab
     with hold(model, optimizer, pruning):
         steps(model, optimizer, range(2))
         assert_held(model, pruning.masks)
+
+
+def test_a_copy_that_stepped_without_its_hooks_is_told_why() -> None:
+    model, pruning = pruned_network()
+    handle = hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning)
+    model, optimizer = copy.deepcopy((model, handle.optimizer))
+    steps(model, optimizer, range(1))
+    handle.check()  # the copy is another model
+    groups = [w.detach().unflatten(1, (-1, 4)) for w in (model[0].weight, model[3].weight, model[5].weight)]
+    dense = sum(int(((g != 0).sum(2) > 2).sum()) for g in groups)
+    total = sum(g.shape[0] * g.shape[1] for g in groups)
+    message = (
+        rf"a copied or unpickled optimizer has lost them\) has filled pruned places since \({dense} of {total} groups hold more than two "
+        r"non-zeros now\): restore the pruned checkpoint, or pass pruning=$"
+    )
+    with pytest.raises(InputError, match=message):
+        hold(model, optimizer)
+    with hold(model, optimizer, pruning):
+        steps(model, optimizer, range(1))
+        assert_held(model, pruning.masks)
+
+
+def test_an_average_that_was_not_given_is_found_by_export_with_the_record_only(tmp_path: Path) -> None:
+    model = network()
+    average = copy.deepcopy(model)
+    pruning = prune(model, (batch(0)[0],), permute=False)
+    hold(model, torch.optim.SGD(model.parameters(), lr=0.1), pruning).check()
+    with pytest.raises(VerificationError, match="layers are not 2:4"):
+        export(average.eval(), (batch(0)[0],), tmp_path / "average.onnx", pruning=pruning)
+    export(average.eval(), (batch(0)[0],), tmp_path / "average.onnx")
 
 
 def test_a_parameter_replaced_after_hold_is_found() -> None:
@@ -654,3 +692,54 @@ def test_state_mapped_by_the_permutation_is_known_by_its_mark() -> None:
     again.load_state_dict(permutation.optimizer_to_old(new, names))
     with pytest.raises(InputError, match="is older than the reordering"):
         hold(model, again, pruning)
+
+
+def test_state_older_than_a_recorded_reordering_is_refused_in_a_new_process(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = skewed()
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    model, optimizer = make()
+    steps(model, optimizer, range(2))
+    older = copy.deepcopy(optimizer.state_dict())
+    pruning = prune(model, (batch(0)[0],), permute=1.0)
+    carried(model).save(tmp_path / "order.safetensors")
+    Checkpoint.of(model, "accuracy", 0.0, pruning=pruning).save(tmp_path / "model.safetensors")
+
+    record = Checkpoint.pruning_of(tmp_path / "model.safetensors")
+    loaded, fresh = make()
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    message = r"hold: the optimizer's state of '0\.weight' is older than the reordering of its channels"
+    fresh.load_state_dict(older)
+    with pytest.raises(InputError, match=message):
+        hold(loaded, fresh, record)
+    hold(loaded, fresh, record, orders={}).remove()
+    orders = Permutation.load(tmp_path / "order.safetensors").moves
+    permute_state(loaded, fresh, orders)
+    with hold(loaded, fresh, record):
+        steps(loaded, fresh, range(1))
+        newer = copy.deepcopy(fresh.state_dict())
+        with pytest.raises(InputError, match=message):
+            fresh.load_state_dict(older)
+        fresh.load_state_dict(newer)
+
+    # An optimizer that is new is marked, and so is what it saves.
+    another = torch.optim.AdamW(loaded.parameters(), lr=0.01)
+    with hold(loaded, another, record):
+        steps(loaded, another, range(1))
+    again, its = make()
+    again.load_state_dict(loaded.state_dict())
+    its.load_state_dict(another.state_dict())
+    hold(again, its, record).remove()
+
+
+def test_a_pruning_of_another_channel_order_is_refused() -> None:
+    model = skewed()
+    first = prune(model, (batch(0)[0],), permute=1.0)
+    assert first.order
+    assert Pruning.from_json(first.to_json()).order == first.order
+    order = np.roll(np.arange(32), 1)
+    carry(model, Permutation(moves={"0.bias": {0: order}}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"hold: the pruning is of another channel order than the model's, expected its latest; prune it"):
+        hold(model, optimizer, first)

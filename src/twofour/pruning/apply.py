@@ -19,6 +19,7 @@ from twofour.pruning.methods import METHODS, Choice
 from twofour.pruning.methods.method import Method, find_method
 from twofour.pruning.permutation import Permutation, carried, undo
 from twofour.pruning.permutation import permute as permute_channels
+from twofour.pruning.permutation.record import carried_digest
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero, is_sharded
 
@@ -141,7 +142,8 @@ def recorded(model: nn.Module, ready: Prepared, method: str, choices: Mapping[st
     parameters = dict(model.named_parameters())
     layers = [_decided(r, choices.get(r.name), parameters[r.name], ready.permutation) for r in ready.records]
     ready.notes += [f"{name}: {note}" for name, choice in choices.items() for note in choice.notes]
-    return Pruning(method, tuple(layers), {name: choice.mask for name, choice in choices.items()}, pattern=str(ready.pattern))
+    masks = {name: choice.mask for name, choice in choices.items()}
+    return Pruning(method, tuple(layers), masks, pattern=str(ready.pattern), order=carried_digest(model))
 
 
 def _decided(record: LayerRecord, choice: Choice | None, weight: Tensor, permutation: Permutation | None) -> LayerRecord:

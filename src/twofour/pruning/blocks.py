@@ -24,6 +24,7 @@ from twofour.pruning.calibration import device_of, is_out_of_memory, out_of_memo
 from twofour.pruning.decide import Report, chosen, require_calibration
 from twofour.pruning.methods import METHODS, Choice
 from twofour.pruning.methods.method import Method, find_method
+from twofour.pruning.permutation.record import carried_digest
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero
 from twofour.pruning.statistics import Part, collecting, refuse_unreached
@@ -95,7 +96,7 @@ def prune_blocks(
         for name, choice in choices.items():
             write_choice(parameters[name], choice)
     masks = {name: choice.mask.to(parameters[name].device) for name, choice in choices.items()}
-    return Pruning(method, tuple(layers), masks, tuple(notes), str(parsed))
+    return Pruning(method, tuple(layers), masks, tuple(notes), str(parsed), carried_digest(model))
 
 
 def write_choice(weight: Tensor, choice: Choice) -> None:

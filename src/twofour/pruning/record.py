@@ -60,13 +60,17 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `prune` did. Masks are bool tensors of the weights' shapes, True where the value is kept."""
+    """What `prune` did. Masks are bool tensors of the weights' shapes, True where the value is kept.
+
+    `order` identifies the channel order the masks stand in: the digest of the reordering the model carries, empty if none is known.
+    """
 
     method: str
     layers: tuple[LayerRecord, ...]
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     pattern: str = "2:4"
+    order: str = ""
 
     @property
     def pruned(self) -> tuple[LayerRecord, ...]:
@@ -103,7 +107,8 @@ class Pruning:
     def to_json(self) -> str:
         """Return the record without the masks; these are the weights' own zeros."""
         layers = [layer.to_json() for layer in self.layers]
-        return json.dumps({"method": self.method, "pattern": self.pattern, "notes": list(self.notes), "layers": layers})
+        value = {"method": self.method, "pattern": self.pattern, "order": self.order, "notes": list(self.notes), "layers": layers}
+        return json.dumps(value)
 
     @classmethod
     def from_json(cls, text: str) -> "Pruning":
@@ -115,6 +120,6 @@ class Pruning:
         try:
             value = json.loads(text)
             layers = tuple(LayerRecord.from_json(layer) for layer in value["layers"])
-            return cls(value["method"], layers, notes=tuple(value["notes"]), pattern=value["pattern"])
+            return cls(value["method"], layers, notes=tuple(value["notes"]), pattern=value["pattern"], order=value.get("order", ""))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"pruning record is damaged ({error}); export the model again") from error

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError, VerificationError, nearest
 from twofour.pruning import Pruning
+from twofour.pruning.permutation.record import digest
 from twofour.pruning.sharded import fill_zero, local, piece_like
-from twofour.training.masks import derive_masks
+from twofour.training.masks import count_dense_groups, derive_masks
 from twofour.training.order import Orders, accept_averages, carried_orders, refuse_older_state
 from twofour.training.wrapped import averaged_module, unwrap_model, unwrap_optimizer
 
@@ -24,7 +25,6 @@ class Hold:
 
     Attributes:
         masks: bool masks by parameter name, True where the weight is kept.
-        num_steps: steps of the optimizer seen; a step that a GradScaler skips is none.
     """
 
     def __init__(
@@ -33,14 +33,15 @@ class Hold:
         optimizer: Any,
         masks: Mapping[str, Tensor],
         *,
-        ema: nn.Module | Sequence[nn.Module] = (),
+        ema: nn.Module | Iterable[nn.Module] = (),
         orders: Orders | None = None,
+        order: str = "",
     ) -> None:
         self.model = _named_as(masks, model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.masks = dict(masks)
-        self.num_steps = 0
-        self.averages = (ema,) if isinstance(ema, nn.Module) else tuple(ema)
+        self._calls, self._skipped = 0, torch.zeros(())
+        self.averages = _modules(ema)
         self._held = _paired(self.model, self.masks, "the model")
         averages = [averaged_module(average, self.masks) for average in self.averages]
         self._averaged = [pair for average in averages for pair in _paired(average, self.masks, "ema")]
@@ -57,14 +58,24 @@ class Hold:
                 len(elsewhere),
                 elsewhere[0],
             )
-        orders = carried_orders(self.model) if orders is None else orders
+        if orders is None:
+            orders = carried_orders(self.model)
+            if order and orders and order != digest(orders):
+                raise InputError("hold: the pruning is of another channel order than the model's, expected its latest; prune it again")
+        else:
+            order = ""
         accept_averages(self.model, averages, orders)
-        self._handles = refuse_older_state(self.model, self.optimizer, orders)
+        self._handles = refuse_older_state(self.model, self.optimizer, orders, order)
         self.apply()
         for _, weight, dropped in self._averaged:
             _fill(weight, dropped)
         self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the optimizer seen; a step that a GradScaler skips is none. Under a fused optimizer on a GPU reading it waits."""
+        return self._calls - int(self._skipped)
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,7 +95,11 @@ class Hold:
         return ((args[0], masked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": masked})
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.num_steps += 1
+        self._calls += 1
+        # A GradScaler lets a fused optimizer skip inside its kernel, and says so in a tensor, which is counted without waiting for it.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            self._skipped = self._skipped.to(found_inf.device) + (found_inf != 0).any()
         self.apply()
 
     def apply(self) -> None:
@@ -170,6 +185,14 @@ def _fill(weight: Tensor, dropped: Tensor) -> None:
     fill_zero(local(weight.detach()), dropped)
 
 
+def _modules(ema: nn.Module | Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    averages: tuple[Any, ...] = tuple(ema) if isinstance(ema, Iterable) and not isinstance(ema, nn.Module) else (ema,)
+    for average in averages:
+        if not isinstance(average, nn.Module):
+            raise InputError(f"hold: ema is {average!r:.40}, expected a module (AveragedModel or a copy of the model) or several")
+    return averages
+
+
 def _paired(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> list[Pair]:
     """Return name, parameter and this process's piece of the inverted mask, for each mask."""
     parameters = dict(model.named_parameters())
@@ -213,15 +236,23 @@ def hold(
     Args:
         pruning: what `prune` returned; without it the masks are those of the weights that are 2:4 now.
         ema: averages of the model (`AveragedModel` or any module with the same names): masked once, and zeros average to zero. A copy
-            begun before pruning that is not given here brings the pruned weights back where it is used: `handle.check()` tells.
+            begun before pruning that is not given here is not seen: it brings the pruned weights back where it is used.
+            `handle.check()` finds them only once they are loaded into `model`, `twofour.export` only with `pruning=`.
         orders: name → axis → old index of every new place, of the reordering that the optimizer's state and the averages must follow; by
-            default the one the model carries from `permute`, `{}` for none.
+            default the one the model carries from `permute`, `{}` for none. A model loaded in a new process carries none; there the
+            record `pruning` says which reordering the optimizer's state must be marked with. Without the record it cannot be known.
 
     Raises:
-        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, or the optimizer's state or an
-            average is older than `orders`.
+        InputError: no weight is 2:4, the optimizer trains none of them, `ema` is of another model, the optimizer's state or an
+            average is older than the reordering, or `pruning` is of another reordering than the model carries.
     """
     masks = pruning.masks if pruning is not None and pruning.masks else derive_masks(model)
     if not masks:
-        raise InputError("hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first")
-    return Hold(model, optimizer, masks, ema=ema if isinstance(ema, nn.Module) else tuple(ema), orders=orders)
+        dense, total = count_dense_groups(model)
+        raise InputError(
+            f"hold: no weight of the model is 2:4, expected a pruned model; call twofour.prune first, or if that was done, a step without "
+            f"the hooks (a copied or unpickled optimizer has lost them) has filled pruned places since ({dense} of {total} groups hold "
+            "more than two non-zeros now): restore the pruned checkpoint, or pass pruning="
+        )
+    order = pruning.order if pruning is not None else ""
+    return Hold(model, optimizer, masks, ema=ema, orders=orders, order=order)

@@ -1,5 +1,7 @@
 """The masks of a model that is 2:4 already."""
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from twofour.errors import InputError
@@ -18,20 +20,34 @@ def derive_masks(model: nn.Module) -> dict[str, Tensor]:
     A group with fewer than two non-zeros gets its mask filled up at the lower indices. The mask of a weight that is sharded over
     processes is that of the whole weight, gathered; every process must call this at the same place.
     """
+    masks: dict[str, Tensor] = {}
+    for name, full in _candidates(model):
+        nonzero = full != 0
+        if bool(nonzero.any()) and count_groups(nonzero.cpu().numpy()).is_24:
+            masks[name] = magnitude_mask(full)
+    return masks
+
+
+def count_dense_groups(model: nn.Module) -> tuple[int, int]:
+    """Return how many groups of the weights that could be 2:4 are not, and how many there are; gathered as by `derive_masks`."""
+    counts = [count_groups((full != 0).cpu().numpy()) for _, full in _candidates(model)]
+    total = sum(count.total for count in counts)
+    return total - sum(count.obeying for count in counts), total
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give the name and the whole of each weight that could be 2:4, tied ones once."""
     model = unwrap_model(model)
     names = {id(p): name for name, p in model.named_parameters()}
-    masks: dict[str, Tensor] = {}
+    given: set[str] = set()
     for module in model.modules():
         for attribute, weight in module.named_parameters(recurse=False):
-            if weight.ndim < 2 or id(weight) not in names or names[id(weight)] in masks:
+            if weight.ndim < 2 or id(weight) not in names or names[id(weight)] in given:
                 continue
             if not isinstance(module, (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention)) or why_not(module, attribute, weight):
                 continue
-            full = whole(weight.detach())
-            nonzero = full != 0
-            if bool(nonzero.any()) and count_groups(nonzero.cpu().numpy()).is_24:
-                masks[names[id(weight)]] = magnitude_mask(full)
-    return masks
+            given.add(names[id(weight)])
+            yield names[id(weight)], whole(weight.detach())
 
 
 def recorded_masks(model: nn.Module, pruning: Pruning) -> dict[str, Tensor]:

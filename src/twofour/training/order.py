@@ -1,7 +1,7 @@
 """Optimizer state, averages and reordered channels: what was made before a permutation belongs to other weights after it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def carried_orders(model: nn.Module) -> Orders:
     return permutation.moves if permutation is not None else {}
 
 
-def reordered(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Orders) -> list[tuple[dict[str, Any], str, Tensor]]:
+def reordered(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Container[str]) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Return (group, name, parameter) of every reordered parameter that the optimizer steps."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [(g, names[id(p)], p) for g in optimizer.param_groups for p in g["params"] if names.get(id(p)) in orders]
@@ -53,18 +53,23 @@ def _is_constant(value: Tensor, never_stepped: bool) -> bool:
     return bool((piece == piece[:1]).all())
 
 
-def refuse_older_state(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Orders) -> list[Any]:
-    """Mark the optimizer as following `orders`, watch what it loads, and return the hooks' handles.
+def refuse_older_state(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Orders, recorded: str = "") -> list[Any]:
+    """Mark the optimizer as following a reordering, watch what it loads, and return the hooks' handles.
+
+    Args:
+        orders: the reordering; empty where it is not known.
+        recorded: its digest, of a pruning record, for where `orders` is empty: state of any parameter of the model is asked for the mark.
 
     Raises:
         InputError: it holds state of a reordered parameter that was not made in, or permuted into, the new order.
     """
-    if not orders:
+    mark = digest(orders) if orders else recorded
+    if not mark:
         return []
-    mark = digest(orders)
+    names: Container[str] = orders or {name for name, _ in model.named_parameters()}
 
     def check(_: torch.optim.Optimizer | None = None) -> None:
-        for group, name, parameter in reordered(model, optimizer, orders):
+        for group, name, parameter in reordered(model, optimizer, names):
             if group.get(ORDER_KEY) != mark and not is_initial(optimizer.state.get(parameter, {})):
                 raise InputError(
                     f"hold: the optimizer's state of {name!r} is older than the reordering of its channels, expected the new order; "

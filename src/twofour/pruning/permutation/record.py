@@ -234,6 +234,12 @@ def carried(model: nn.Module) -> Permutation | None:
     return found if isinstance(found, Permutation) else None
 
 
+def carried_digest(model: nn.Module) -> str:
+    """The digest of the permutation stored with a model, empty if it carries none or nothing moved."""
+    found = carried(model)
+    return digest(found.moves) if found is not None and found.moves else ""
+
+
 def carry(model: nn.Module, permutation: Permutation) -> None:
     """Store a permutation with a model, after the one it may carry already; its state dict does not change."""
     earlier = carried(model)
