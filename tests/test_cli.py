@@ -469,3 +469,22 @@ def test_the_documented_events_are_those_that_there_are() -> None:
         told = re.findall(r"`(\w+)`", documented.pop(name))
         assert set(told) >= {field.name for field in fields(kind)}, name
     assert documented.keys() == {"finished", "failed"}
+
+
+def test_a_finished_run_with_a_failed_check_writes_its_report_and_exits_with_1(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    import resume_worker
+
+    from twofour.compress import checks
+
+    assert resume_worker.small_task().name == "small"
+    Path("r.toml").write_text("epochs = 1\nbatch = 16\n[optimizer]\nlr = 1e-3\n")
+    asked = ("compress", "small", "--data", "small", "--recipe", "r.toml", "--no-permute", "--out", "run")
+    monkeypatch.setattr(checks, "MOST_LOST_POINTS", -101.0)
+    done = run(*asked, "--json")
+    last = events_of(done.out)[-1]
+    assert (done.code, last["event"], last["passed"], last["failed_checks"]) == (1, "finished", False, ["accuracy kept"])
+    failed = [check for check in json.loads(Path("run/report.json").read_text())["checks"] if not check["passed"]]
+    assert failed[0]["detail"].endswith("; one seed")
+    for option in ((), ("--quiet",)):
+        again = run(*asked, "--resume", *option)
+        assert (again.code, "failed: accuracy kept" in again.out) == (1, True)
