@@ -488,3 +488,15 @@ def test_a_finished_run_with_a_failed_check_writes_its_report_and_exits_with_1(r
     for option in ((), ("--quiet",)):
         again = run(*asked, "--resume", *option)
         assert (again.code, "failed: accuracy kept" in again.out) == (1, True)
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:
+    package = str(Path(twofour.__file__).parents[1])
+    command = [sys.executable, "-m", "twofour", "compress", "demo", "--data", "digits", "--epochs", "1", "--json", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": package}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert json.loads(process.stdout.readline())["event"] == "stage_started"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(100)) == ("", 141)
