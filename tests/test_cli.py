@@ -500,3 +500,12 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:
     assert json.loads(process.stdout.readline())["event"] == "stage_started"
     process.stdout.close()
     assert (process.stderr.read(), process.wait(100)) == ("", 141)
+
+
+def test_a_folder_that_is_not_there_and_a_recipe_of_images_name_the_cure(run) -> None:  # type: ignore[no-untyped-def]
+    for name in ("/nonexist", "./nonexist", "a/b/c"):
+        outcome = run("compress", f"hf:{name}", "--data", "digits")
+        assert (outcome.code, f"the folder '{name}' does not exist" in outcome.err) == (2, True), outcome.err
+    Path("own.py").write_text("import torch\ndef data():\n    d = [(torch.ones(8), i % 2) for i in range(4)]\n    return d, d\n")
+    outcome = run("compress", "demo", "--data", "own.py:data", "--recipe", "finetune")
+    assert (outcome.code, "take the shipped recipe 'text', which has no [augmentation]" in outcome.err) == (2, True), outcome.err
