@@ -471,3 +471,43 @@ def test_the_documented_events_are_those_that_there_are() -> None:
         told = re.findall(r"`(\w+)`", documented.pop(name))
         assert set(told) >= {field.name for field in fields(kind)}, name
     assert documented.keys() == {"finished", "failed"}
+
+
+def test_a_finished_run_with_a_failed_check_writes_its_report_and_exits_with_1(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    import resume_worker
+
+    from twofour.compress import checks
+
+    assert resume_worker.small_task().name == "small"
+    Path("r.toml").write_text("epochs = 1\nbatch = 16\n[optimizer]\nlr = 1e-3\n")
+    asked = ("compress", "small", "--data", "small", "--recipe", "r.toml", "--no-permute", "--out", "run")
+    monkeypatch.setattr(checks, "MOST_LOST_POINTS", -101.0)
+    done = run(*asked, "--json")
+    last = events_of(done.out)[-1]
+    assert (done.code, last["event"], last["passed"], last["failed_checks"]) == (1, "finished", False, ["accuracy kept"])
+    failed = [check for check in json.loads(Path("run/report.json").read_text())["checks"] if not check["passed"]]
+    assert failed[0]["detail"].endswith("; one seed")
+    for option in ((), ("--quiet",)):
+        again = run(*asked, "--resume", *option)
+        assert (again.code, "failed: accuracy kept" in again.out) == (1, True)
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:
+    package = str(Path(twofour.__file__).parents[1])
+    command = [sys.executable, "-m", "twofour", "compress", "demo", "--data", "digits", "--epochs", "1", "--json", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": package}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert json.loads(process.stdout.readline())["event"] == "stage_started"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(100)) == ("", 141)
+
+
+def test_a_folder_that_is_not_there_and_a_recipe_of_images_name_the_cure(run) -> None:  # type: ignore[no-untyped-def]
+    for name in ("/nonexist", "./nonexist", "a/b/c"):
+        outcome = run("compress", f"hf:{name}", "--data", "digits")
+        assert (outcome.code, f"the folder '{name}' does not exist" in outcome.err) == (2, True), outcome.err
+    Path("own.py").write_text("import torch\ndef data():\n    d = [(torch.ones(8), i % 2) for i in range(4)]\n    return d, d\n")
+    outcome = run("compress", "demo", "--data", "own.py:data", "--recipe", "finetune")
+    assert (outcome.code, "take the shipped recipe 'text', which has no [augmentation]" in outcome.err) == (2, True), outcome.err

@@ -29,12 +29,14 @@ from twofour.cli import options
 @options.skip_bad_option
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one a line, instead of progress and table.")
 @click.option("--quiet", is_flag=True, help="Print the table only.")
-def command(model: str, data: str, out: Path | None, as_json: bool, quiet: bool, **asked: Any) -> None:
+def command(model: str, data: str, out: Path | None, as_json: bool, quiet: bool, **asked: Any) -> int:
     """Dense network in; 2:4 network, engine and report out.
 
     MODEL is demo, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or FILE.py:FUNCTION; --data is digits, imagefolder:DIR, cifar10:DIR or
     FILE.py:FUNCTION. Trains the dense network unless --weights brings it, prunes it to 2:4, repeats the training with the mask held,
     checks, exports, builds, measures and reports, dense beside sparse.
+
+    Exits with 1 when the run is done and its report holds a check that failed.
 
     A run that was stopped (Ctrl-C, a killed process, a full disk) goes on with --resume from its last complete epoch.
     """
@@ -49,13 +51,14 @@ def command(model: str, data: str, out: Path | None, as_json: bool, quiet: bool,
     folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"{model}-{data}")
     request = {**asked, "out": folder, "command": options.command_line()}
     if as_json:
-        print_events(lambda listener: compress(model, data, listener=listener, **request))
-        return
+        return int(bool(print_events(lambda listener: compress(model, data, listener=listener, **request)).failed_checks))
     console = make_console()
     if quiet:
-        print_summary(compress(model, data, **request).report, console)
-        return
+        done = compress(model, data, **request)
+        print_summary(done.report, console)
+        return int(bool(done.failed_checks))
     with ProgressDisplay(console) as listener:
         done = compress(model, data, listener=listener, **request)
     print_summary(done.report, console)
     say(console, f"Report: {done.out / 'report.html'}")
+    return int(bool(done.failed_checks))

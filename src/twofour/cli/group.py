@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -28,6 +29,8 @@ COMMANDS = {
 }
 # Sub-commands that keep what they have done when they are stopped.
 RESUMABLE = ("compress", "train")
+# What a shell reports of a program that wrote to a closed pipe: 128 + SIGPIPE.
+READER_GONE = 141
 
 
 class Commands(click.Group):
@@ -50,6 +53,15 @@ class Commands(click.Group):
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             ctx.fail(f"no such command {args[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does, but a closed pipe gets an exit code of its own: click's is that of a failed check."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whatever is still buffered would raise once more while Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(READER_GONE) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list without importing any of them."""
@@ -76,7 +88,7 @@ def sentence_of(error: Exception) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong input or a run that cannot go on, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong input or a run that cannot go on, 130 interrupted, 141 not read."""
     arguments = sys.argv[1:] if args is None else args
     logging.getLogger("twofour").addHandler(logging.NullHandler())
     try:

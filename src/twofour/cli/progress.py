@@ -117,7 +117,7 @@ class ProgressDisplay:
             self._epoch_text = ""
 
 
-def print_events(run: Callable[[Listener], Compression]) -> None:
+def print_events(run: Callable[[Listener], Compression]) -> Compression:
     """Run, and print each event as one line of JSON; the last line is `finished` with the outcome, or `failed` with the sentence."""
 
     def line(value: dict[str, object]) -> None:
@@ -133,6 +133,6 @@ def print_events(run: Callable[[Listener], Compression]) -> None:
         raise
     report = done.report
     accuracy = {row.variant: row.values for row in report.accuracy}
-    failed = [check.name for check in report.checks if not check.passed]
-    outcome = {"out": str(done.out), "metric": report.metric, "accuracy": accuracy, "failed_checks": failed}
-    line({"event": "finished", **outcome})
+    outcome = {"out": str(done.out), "metric": report.metric, "accuracy": accuracy}
+    line({"event": "finished", **outcome, "passed": not done.failed_checks, "failed_checks": done.failed_checks})
+    return done

@@ -49,7 +49,8 @@ def check_accuracy(runs: list[SeedRun], task: Task) -> list[Check]:
         return []
     sign = 1 if task.metric.direction == "higher" else -1
     lost = sign * fmean(run.control.metric - run.sparse.metric for run in runs)
-    detail = f"{lost:+.2f} points lost against dense with the same training, allowed {MOST_LOST_POINTS}; mean of {len(runs)} seeds"
+    mean = f"; mean of {len(runs)} seeds" if len(runs) > 1 else "; one seed"
+    detail = f"{lost:+.2f} points lost against dense with the same training, allowed {MOST_LOST_POINTS}{mean}"
     return [Check(name="accuracy kept", passed=lost <= MOST_LOST_POINTS, detail=detail.replace("-", "−"))]
 
 

@@ -49,11 +49,15 @@ class Compression:
     report: Report
     out: Path
 
+    @property
+    def failed_checks(self) -> list[str]:
+        """Names of the checks that failed; empty when all passed."""
+        return [check.name for check in self.report.checks if not check.passed]
+
     def __str__(self) -> str:
         dense, sparse = self.report.accuracy_of("dense"), self.report.accuracy_of("2:4")
-        return (
-            f"Compression({self.out}: {self.report.metric} {dense.mean:.2f} dense → {sparse.mean:.2f} 2:4, {len(self.report.seeds)} seeds)"
-        )
+        seeds = f"{len(self.report.seeds)} seed{'s' if len(self.report.seeds) > 1 else ''}"
+        return f"Compression({self.out}: {self.report.metric} {dense.mean:.2f} dense → {sparse.mean:.2f} 2:4, {seeds})"
 
 
 def compress(

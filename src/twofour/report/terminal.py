@@ -12,6 +12,9 @@ from twofour.report.compare import Run, cautions
 from twofour.report.page import metric_decimals
 from twofour.report.record import AccuracyRow, Report
 
+# How the table names a variant where the record's name alone could be misread.
+LABELS = {"2:4": "2:4 after retraining"}
+
 
 def _accuracy_text(row: AccuracyRow | None, decimals: int, unit: str) -> str:
     if row is None:
@@ -34,12 +37,12 @@ def _accuracy_rows(table: Table, report: Report) -> None:
     unit = f" {report.metric_unit}" if report.metric_unit else ""
     rows = {row.variant: row for row in report.accuracy if row.values}
 
-    def add(label: str, dense: AccuracyRow | None, sparse: AccuracyRow | None) -> None:
-        change = f"{units.signed(sparse.mean - dense.mean, decimals)}" if dense and sparse else ""
-        _add(table, label, _accuracy_text(dense, decimals, unit), _accuracy_text(sparse, decimals, unit), change)
-
-    add(f"{report.metric}, before retraining", rows.get("dense"), rows.get("2:4 one-shot"))
-    add(f"{report.metric}, after the same extra training", rows.get("dense + same training"), rows.get("2:4"))
+    base = rows.get("dense")
+    for variant, row in rows.items():
+        text = _accuracy_text(row, decimals, unit)
+        change = units.signed(row.mean - base.mean, decimals) if base is not None and row is not base else ""
+        columns = ("", text) if variant.startswith("2:4") else (text, "")
+        _add(table, f"{report.metric}, {LABELS.get(variant, variant)}", *columns, change)
 
 
 def _measured_rows(table: Table, report: Report) -> None:
@@ -80,7 +83,7 @@ def print_summary(report: Report, console: Console) -> None:
     table.add_column("")
     table.add_column("dense", justify="right", no_wrap=True)
     table.add_column("2:4", justify="right", no_wrap=True, style="green")
-    table.add_column("difference", justify="right", no_wrap=True, style="dim")
+    table.add_column("against dense", justify="right", no_wrap=True, style="dim")
     _accuracy_rows(table, report)
     table.add_section()
     _measured_rows(table, report)

@@ -51,6 +51,8 @@ def _config_of(name: str) -> Any:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model 'hf:{name}': the folder has no config.json, expected one saved by save_pretrained")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/")):
+        raise InputError(f"model 'hf:{name}': the folder {name!r} does not exist; name a folder with config.json, or a model on the hub")
     if path.is_file() and path.suffix != ".json":
         raise InputError(f"model 'hf:{name}' is a file, expected a folder, a config.json or a name on the hub")
     try:

@@ -54,7 +54,7 @@ def refuse_unaugmentable(data: Task, settings: AugmentationSection) -> None:
     if inputs[0].ndim != 4 or not inputs[0].is_floating_point():
         raise InputError(
             f"the recipe's augmentation needs images [n, c, h, w], data {data.name!r} have {inputs[0].dtype}{list(inputs[0].shape)}; "
-            "take a recipe without [augmentation]"
+            "take the shipped recipe 'text', which has no [augmentation], or a file without it that starts from a copy of 'text'"
         )
 
 
