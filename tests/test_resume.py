@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,29 @@ def test_a_finished_run_is_only_read(tmp_path: Path, whole: Compression) -> None
     before = {p.name: p.stat().st_mtime_ns for p in whole.out.iterdir()}
     assert run(whole.out).report == whole.report == Report.load(whole.out / "report.json")
     assert {p.name: p.stat().st_mtime_ns for p in whole.out.iterdir()} == before
+
+
+def test_a_finished_run_whose_files_are_gone_or_altered_says_so(tmp_path: Path, whole: Compression) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole.out, out)
+    assert run(out).report == whole.report
+    (out / "model.plan").write_bytes((out / "model.plan").read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"file '.*model.plan' of the finished run is not what the run wrote; give --overwrite"):
+        run(out)
+    (out / "model.plan").unlink()
+    with pytest.raises(InputError, match=r"file '.*model.plan' of the finished run is missing; give --overwrite"):
+        run(out)
+
+
+def test_a_failure_before_anything_was_finished_leaves_the_log_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Any, *batch: Any) -> Tensor:
+        raise InputError("an item cannot be read")
+
+    monkeypatch.setattr(Task, "loss_of", failing)
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match="an item cannot be read"):
+        run(out)
+    assert {p.name for p in out.iterdir()} <= {"log.txt", ".lock"}
 
 
 def test_another_runs_folder_is_refused_and_says_what_differs(whole: Compression) -> None:

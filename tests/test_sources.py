@@ -1,5 +1,7 @@
 """Models and data that the command line names: each kind read once for real, each refusal one sentence."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +215,11 @@ def test_torchvision_imports_beside_its_own_torch_and_beside_another(tmp_path: P
 
     done = subprocess.run([sys.executable, "-c", TORCHVISION, str(tmp_path), source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_users_file_may_import_torchvision_beside_another_torch(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("import torch\nfrom torchvision import transforms\n\ndef net():\n    return torch.nn.Linear(4, 2)\n")
+    program = f"from twofour.sources.files import call_function; print(call_function({f'{file}:net'!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("Linear("), done.stderr

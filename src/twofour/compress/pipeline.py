@@ -16,7 +16,7 @@ from twofour.builder import build
 from twofour.compress.assemble import Findings, make_report
 from twofour.compress.checks import agreement_of, check_accuracy, check_agreement, check_export, check_pattern
 from twofour.compress.events import Listener
-from twofour.compress.folder import Standing, clear, only_run_in, prepare
+from twofour.compress.folder import OUTPUTS, Standing, clear, only_run_in, prepare
 from twofour.compress.records import Records
 from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
@@ -142,11 +142,18 @@ def compress(
             clear(settings.out)
         records = Records(settings.out)
         if standing == "finished":
+            records.verify()
             records.drop()
             return Compression(Report.load(settings.out / "report.json"), settings.out)
         with _logged(settings, standing):
             records.begin(arguments)
-            return _run(settings, task, Stages(listener, records.path("seconds.json")), records)
+            try:
+                return _run(settings, task, Stages(listener, records.path("seconds.json")), records)
+            except TwofourError:
+                # Nothing half-written: what cannot be gone on from is taken away, the log apart.
+                if not records.hold_progress:
+                    clear(settings.out)
+                raise
 
 
 def refuse_absent_device(device: str) -> str:
@@ -296,6 +303,7 @@ def _run(settings: Settings, task: Task, stages: Stages, records: Records) -> Co
         )
         write_text(settings.out / "report.json", report.model_dump_json(indent=1) + "\n")
         said.append(str(settings.out / "report.html"))
+    records.seal(OUTPUTS[:-1])
     write_page(report, settings.out / "report.html")
     records.drop()
     return Compression(report, settings.out)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,30 @@ class Records:
         """Finish a record: a JSON value and the files that belong to it."""
         digests = {str(file.relative_to(self.out)): digest(file) for file in files}
         write_text(self.path(f"{name}.json"), json.dumps({"value": value, "files": digests}) + "\n")
+
+    def seal(self, names: Sequence[str]) -> None:
+        """Write the digests of a run's files into its `run.json`, for `verify`."""
+        path = self.out / ARGUMENTS
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps({**stored, "outputs": {name: digest(self.out / name) for name in names}}, indent=1) + "\n")
+
+    def verify(self) -> None:
+        """Do nothing if every file of a finished run is there as it was written.
+
+        Raises:
+            InputError: one is missing or another; its name is said.
+        """
+        path = self.out / ARGUMENTS
+        for name, sha in json.loads(path.read_text(encoding="utf-8")).get("outputs", {}).items():
+            file = self.out / name
+            if not file.is_file() or digest(file) != sha:
+                what = "is missing" if not file.is_file() else "is not what the run wrote"
+                raise InputError(f"compress: file {str(file)!r} of the finished run {what}; give --overwrite to run anew")
+
+    @property
+    def hold_progress(self) -> bool:
+        """Whether there is anything to go on from: an epoch or a stage that was finished."""
+        return self.folder.is_dir() and any(file.name != "seconds.json" for file in self.folder.iterdir())
 
     def drop(self) -> None:
         """Remove the records; the run is whole without them."""

@@ -4,11 +4,12 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from twofour.errors import InputError, UserCodeError, nearest
+from twofour.errors import InputError, MissingExtraError, UserCodeError, nearest
+from twofour.sources.torchvision_compat import import_torchvision
 from twofour.sources.user_code import interrupts_noted, raised_text
 
 
@@ -34,6 +35,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     sys.path.insert(0, str(path.absolute().parent))
     try:
         with _one_sentence(f"file {file!r} cannot be run"):
+            _mend_torchvision(path)
             module_spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
@@ -42,6 +44,14 @@ def load_function(spec: str) -> Callable[..., Any]:
         known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise InputError(f"file {file!r} has no function {name!r}, it has {known}{nearest(name, known)}")
     return function  # type: ignore[no-any-return]
+
+
+def _mend_torchvision(path: Path) -> None:
+    """Import torchvision in the way that mends it, if the file names it or a package that needs it: its own import would fail."""
+    text = path.read_text(encoding="utf-8", errors="ignore")
+    if any(name in text for name in ("torchvision", "timm")):
+        with suppress(MissingExtraError):
+            import_torchvision()
 
 
 @contextmanager
