@@ -180,7 +180,11 @@ def test_a_factory_that_leaves_or_interrupts_is_one_sentence(own: Path, capsys: 
 
 
 def test_ctrl_c_in_a_factory_is_still_ctrl_c(own: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        call_function("own.py:is_interrupted")
-    assert signal.getsignal(signal.SIGINT) is before
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call_function("own.py:is_interrupted")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
