@@ -743,3 +743,15 @@ def test_a_pruning_of_another_channel_order_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match=r"hold: the pruning is of another channel order than the model's, expected its latest; prune it"):
         hold(model, optimizer, first)
+
+
+def test_state_that_follows_an_earlier_reordering_is_not_reordered_again() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    permute_state(model, optimizer, {"weight": {1: [1, 0, 3, 2]}})
+    before = optimizer.state[model.weight]["momentum_buffer"].clone()
+    with pytest.raises(InputError, match=r"permute_state: the state of 'weight' follows an earlier reordering, expected state from before"):
+        permute_state(model, optimizer, {"weight": {1: [3, 2, 1, 0]}})
+    assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], before)

@@ -89,13 +89,18 @@ def permute_state(model: nn.Module, optimizer: torch.optim.Optimizer, orders: Or
     new[i] = old[order[i]] along each reordered axis, for every state tensor of the parameter's shape (momentum, moments). Call it once.
 
     Raises:
-        InputError: the state already follows this reordering, or a state tensor has another shape than its parameter.
+        InputError: the state already follows this or another reordering, or a state tensor has another shape than its parameter.
     """
     mark, count = digest(orders), 0
     pairs = reordered(model, optimizer, orders)
     for group, name, _ in pairs:
         if group.get(ORDER_KEY) == mark:
             raise InputError(f"permute_state: the state of {name!r} follows this reordering already, expected older state; call it once")
+        if group.get(ORDER_KEY) is not None:
+            raise InputError(
+                f"permute_state: the state of {name!r} follows an earlier reordering, expected state from before all of them; "
+                "make the optimizer anew, or reorder once"
+            )
     moved: list[tuple[dict[str, Any], str, Tensor]] = []
     for _, name, parameter in pairs:
         state = optimizer.state.get(parameter, {})
