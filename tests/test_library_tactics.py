@@ -31,8 +31,9 @@ REFUSED = [
     ("cublaslt", gemm.Problem(8, 8, 16, out_dtype="fp16"), "cannot write fp16 from bf16"),
     ("cublaslt", gemm.Problem(8, 8, 16, out_dtype="fp32", epilogue=E("relu")), "without an activation only"),
     ("cusparselt", gemm.Problem(8, 8, 16, sparse=False), "the weight is dense"),
-    ("cusparselt", gemm.Problem(8, 8, 16, epilogue=E("silu")), "cusparselt has no epilogue 'silu', only relu"),
-    ("cusparselt", gemm.Problem(7, 8, 16), "tokens in multiples of 8, got 16 and 7"),
+    ("cusparselt", gemm.Problem(8, 16, 16, epilogue=E("silu")), "cusparselt has no epilogue 'silu', only relu"),
+    ("cusparselt", gemm.Problem(7, 16, 16), "tokens in multiples of 8, got 16, 16 and 7"),
+    ("cusparselt", gemm.Problem(8, 24, 16), "outputs in multiples of 16 and tokens in multiples of 8, got 16, 24 and 8"),
     ("cusparselt", gemm.Problem(8, 8, 16, out_dtype="fp32"), "writes bf16 from bf16, not fp32"),
 ]
 
@@ -47,7 +48,7 @@ def test_what_a_library_cannot_do_is_one_reason(library: str, problem: gemm.Prob
 def test_what_libraries_can_do() -> None:
     for epilogue in (E(), E("relu", bias=True), E("gelu_tanh", bias=True), E(bias=True, residual=True)):
         assert why_not("gemm", "cublaslt", gemm.Problem(8, 8, 16, epilogue=epilogue), None) is None
-    assert why_not("gemm", "cusparselt", gemm.Problem(8, 8, 16, epilogue=E("relu", bias=True, residual=True)), None) is None
+    assert why_not("gemm", "cusparselt", gemm.Problem(8, 16, 16, epilogue=E("relu", bias=True, residual=True)), None) is None
     assert why_not("gemm", "cublaslt", gemm.Problem(8, 8, 16), gemm.Config()) == "cublaslt takes no config of ours"
     assert "not one of cudnn" in str(why_not("conv", "twofour", conv.Problem(1, 8, 8, 8, 8), None))
     assert "heads in multiples of 8 up to 256" in str(why_not("attention", "cudnn", attention.Problem(1, 1, 8, 8, 12, 1.0), None))
@@ -70,7 +71,7 @@ def test_an_absent_library_is_one_sentence() -> None:
         "from twofour.errors import MissingExtraError\nfrom twofour.kernels import conv, gemm, matmul\n"
         "from twofour.kernels.launchable import launchable\n"
         "for f, l, p in (('conv', 'cudnn', conv.Problem(1, 8, 8, 8, 8)), ('gemm', 'cublaslt', gemm.Problem(8, 8, 16)),\n"
-        "                ('gemm', 'cusparselt', gemm.Problem(8, 8, 16)), ('matmul', 'cublaslt', matmul.Problem(1, 8, 8, 8))):\n"
+        "                ('gemm', 'cusparselt', gemm.Problem(8, 16, 16)), ('matmul', 'cublaslt', matmul.Problem(1, 8, 8, 8))):\n"
         "    try:\n        launchable(f, l, p)\n    except MissingExtraError as e:\n        print(e)\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -242,16 +243,19 @@ for number, trial in enumerate(request["trials"]):
     if trial["most"] == 1: say(trial=number, reason="no plan fits"); continue
     for plan in range(request["start"][1] if number == request["start"][0] else 0, 4):
         say(trial=number, begin=plan)
-        if plan == 2 and number == 0: os._exit(9)
-        if plan == 3 and number == 2: os.abort()
+        if plan == 2 and trial["most"] == 5: os._exit(9)
+        if plan == 3 and trial["most"] == 6: os.abort()
         say(trial=number, plan=plan, us=10.0 - plan, error="refused" if plan == 1 else "")
 say(done=True)
 """
 
 
-def test_a_plan_that_ends_its_process_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [1, 2, 12])
+def test_a_plan_that_ends_its_process_is_left_out_and_the_others_go_on(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untrusted, "CHILD", CHILD)
-    trials = [untrusted.Trial("conv", PROBLEM), untrusted.Trial("conv", PROBLEM, most=1), untrusted.Trial("conv", PROBLEM)]
+    monkeypatch.setattr(untrusted, "MOST_PROCESSES", processes)
+    monkeypatch.setattr(untrusted.os, "cpu_count", lambda: 16)
+    trials = [untrusted.Trial("conv", PROBLEM, most=most) for most in (5, 1, 6)]
     first, second, third = untrusted.try_plans(trials)
     assert first.times_us == {0: 10.0, 3: 7.0}
     assert first.left_out == {1: "refused", 2: "it ended its process (exit code 9)"}

@@ -5,14 +5,16 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 
 from twofour.errors import InputError, UnsupportedError
+from twofour.jit.child import python
 from twofour.jit.compiler import ARCH, Compiled, compile_source, compiler_version
 from twofour.jit.source import Source
 
@@ -129,14 +131,32 @@ def fill_cache(sources: Iterable[Source], jobs: int | None = None) -> int:
     missing = [source for source in dict.fromkeys(sources) if not cache.has(source)]
     if not cache.may_compile:
         return 0
-    if len(missing) == 1:
-        _fill(missing[0])
-    elif missing:
-        with ProcessPoolExecutor(min(jobs or os.cpu_count() or 1, len(missing)), get_context("spawn")) as pool:
-            list(pool.map(_fill, missing))
+    processes = min(jobs or os.cpu_count() or 1, len(missing))
+    if processes <= 1:
+        _fill(missing)
+    else:
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(_fill_apart, (missing[first::processes] for first in range(processes))))
     return len(missing)
 
 
-def _fill(source: Source) -> None:
-    with suppress(UnsupportedError):
-        default_cache().get(source)
+def _fill(sources: Iterable[Source]) -> None:
+    cache = default_cache()
+    for source in sources:
+        with suppress(UnsupportedError):
+            cache.get(source)
+
+
+def _fill_apart(sources: Sequence[Source]) -> None:
+    """Compile in a process of its own: the compiler holds a lock, so that threads would take turns."""
+    command, environment = python("from twofour.jit.cache import fill_from_input; fill_from_input()")
+    request = json.dumps([[source.name, source.text] for source in sources])
+    done = subprocess.run(command, input=request, text=True, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UnsupportedError(f"compiling {len(sources)} kernels in a process of its own failed (exit code {done.returncode}): {last}")
+
+
+def fill_from_input() -> None:
+    """Compile the sources described on standard input: the body of the process."""
+    _fill(Source(name, text) for name, text in json.load(sys.stdin))

@@ -1,9 +1,13 @@
-"""cuDNN's plans tried and roughly timed in a process of their own.
+"""cuDNN's plans tried and roughly timed in processes of their own.
 
 The library lists plans that it does not vouch for; one was seen to end the CUDA context with an illegal instruction. A plan that ends its
 process, hangs or fails is left out, and the others go on in a fresh process. What comes back is safe to build here.
+
+Several processes share the trials, since making a plan takes a core up to a second; a lock on a file lets one at a time use the GPU for
+timing.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -11,12 +15,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from twofour.errors import TwofourError
+from twofour.jit.child import python
 from twofour.kernels.families import read_problem
 from twofour.kernels.records import to_plain
 
@@ -24,6 +32,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 120.0  # without a word from the process
 LAUNCHES, SAMPLES = 5, 5
 MOST_PLANS = 12
+MOST_PROCESSES = 12  # each holds a CUDA context and one layer's operands
 CHILD = "from twofour.builder.tactics.untrusted import main; main()"
 
 
@@ -57,31 +66,43 @@ def try_plans(trials: Sequence[Trial], device: int = 0) -> list[Outcome]:
         TwofourError: the process cannot even start (its last line is quoted), for example because cuDNN is not installed.
     """
     outcomes = [Outcome() for _ in trials]
+    processes = min(len(trials), MOST_PROCESSES, os.cpu_count() or 1)
+    if not processes:
+        return outcomes
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        lock = Path(folder) / "gpu"
+        lock.touch()
+        shares = [(trials[first::processes], outcomes[first::processes]) for first in range(processes)]
+        list(pool.map(lambda share: _in_turn(share[0], share[1], device, lock), shares))
+    return outcomes
+
+
+def _in_turn(trials: Sequence[Trial], outcomes: Sequence[Outcome], device: int, lock: Path) -> None:
     start = (0, 0)
     while start[0] < len(trials):
-        stopped = _one_process(trials, outcomes, start, device)
+        stopped = _one_process(trials, outcomes, start, device, lock)
         if stopped is None:
             break
         trial, plan, how = stopped
         outcomes[trial].left_out[plan] = f"it ended its process ({how})"
         logger.warning("cuDNN's plan %d of %s ended its process (%s) and is left out", plan, trials[trial].problem, how)
         start = (trial, plan + 1)
-    return outcomes
 
 
-def _one_process(trials: Sequence[Trial], outcomes: list[Outcome], start: tuple[int, int], device: int) -> tuple[int, int, str] | None:
+def _one_process(
+    trials: Sequence[Trial], outcomes: Sequence[Outcome], start: tuple[int, int], device: int, lock: Path
+) -> tuple[int, int, str] | None:
     """Run trials from `start` on; None when all are done, else (trial, plan, how the process ended)."""
     request = {
         "device": device,
+        "lock": str(lock),
         "start": start,
         "trials": [{"family": t.family, "problem": to_plain(t.problem), "fused": t.fused, "most": t.most} for t in trials],
     }
     current: tuple[int, int] | None = None
-    command = [sys.executable, "-P", "-c", CHILD]
-    here = str(Path(__file__).parents[3])
-    path = os.pathsep.join(p for p in (here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if p)  # an empty entry is this folder
+    command, environment = python(CHILD)
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -134,12 +155,12 @@ def main() -> None:
     from twofour.kernels.cudnn import Handle
 
     first_trial, first_plan = request["start"]
-    handle = Handle(request["device"])
+    handle, lock = Handle(request["device"]), Path(request["lock"])
     for number, trial in enumerate(request["trials"]):
         if number >= first_trial:
             problem = read_problem(trial["family"], trial["problem"], "problem")
             begin = first_plan if number == first_trial else 0
-            _try(number, trial["family"], problem, trial["fused"], begin, trial["most"], handle)
+            _try(number, trial["family"], problem, trial["fused"], begin, trial["most"], handle, lock)
     _say({"done": True})
 
 
@@ -148,7 +169,7 @@ def _say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: int, handle: Any) -> None:
+def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: int, handle: Any, lock: Path) -> None:
     from twofour.jit.driver import Buffer
     from twofour.kernels.conv.cudnn import UNFUSED
     from twofour.kernels.families import footprints
@@ -166,10 +187,19 @@ def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: 
         try:
             call = launchable(family, "cudnn", problem, None, plan | (0 if fused else UNFUSED), device=handle.device, handle=handle)
             space = Buffer(call.workspace_bytes, zeroed=True)
-            us = _rough_us(lambda call=call, space=space: call(addresses, space.pointer, 0))
+            with _alone(lock):
+                us = _rough_us(lambda call=call, space=space: call(addresses, space.pointer, 0))
             _say({"trial": number, "plan": plan, "us": us, "error": ""})
         except TwofourError as error:
             _say({"trial": number, "plan": plan, "us": 0.0, "error": str(error)})
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Let no other process of these trials use the GPU; a process that ends lets go."""
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def _num_plans(family: str, problem: Any, fused: bool, handle: Any) -> int:
