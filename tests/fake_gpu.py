@@ -87,6 +87,8 @@ class FakeGpu:
         del self._capturing[stream]
 
     def launch_graph(self, graph: list[Callable[[], None]], stream: int) -> None:
+        assert stream not in self._capturing, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+
         def run() -> None:
             for work in graph:
                 work()

@@ -264,20 +264,20 @@ GEMMS = [
 @pytest.mark.parametrize("epilogue", GEMMS, ids=str)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_products_by_libraries(library: str, epilogue: gemm.Epilogue, dtype: str) -> None:
-    p = gemm.Problem(248, 136, 192, dtype, dtype, library == "cusparselt", epilogue)
+    p = gemm.Problem(248, 144, 192, dtype, dtype, library == "cusparselt", epilogue)
     reason = why_not("gemm", library, p, None)
     if reason:
         assert "epilogue" in reason
         return
-    x, w = draw(dtype, 248 * 192).view(248, 192), draw(dtype, 136 * 192, 1).view(136, 192) * 0.1
-    bias, residual = draw(bias_dtype(library, dtype), 136, 2), draw(dtype, 248 * 136, 3).view(248, 136)
+    x, w = draw(dtype, 248 * 192).view(248, 192), draw(dtype, 144 * 192, 1).view(144, 192) * 0.1
+    bias, residual = draw(bias_dtype(library, dtype), 144, 2), draw(dtype, 248 * 144, 3).view(248, 144)
     operands = {"x": x}
     if library == "cusparselt":
         from twofour.kernels.gemm.cusparselt import CusparseLt
 
         groups = w.reshape(-1, 4)
         keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, dim=1).indices, True)
-        w = torch.where(keep, groups, 0).view(136, 192)
+        w = torch.where(keep, groups, 0).view(144, 192)
         compressed = CusparseLt(p).compress(w.data_ptr())
         size = footprints("gemm", library, p)["weight"].elements
         assert size > 0
@@ -296,7 +296,7 @@ def test_products_by_libraries(library: str, epilogue: gemm.Epilogue, dtype: str
             extra[name] = t.double().cpu().numpy()
     exact = oracle_gemm(x.double().cpu().numpy(), w.double().cpu().numpy(), sparse=False, activation=epilogue.activation, **extra)
     algorithm: Any = None if library == "cusparselt" else 0
-    found = run("gemm", library, p, operands, None, algorithm).view(248, 136).double().cpu().numpy()
+    found = run("gemm", library, p, operands, None, algorithm).view(248, 144).double().cpu().numpy()
     plain = x.double().cpu().numpy() @ w.double().cpu().numpy().T
     # The libraries may round the product, the sum and the result.
     bound = 3 * EPS[dtype] * (np.abs(plain) + np.abs(exact) + 3.0) + library_result(lambda: x @ w.T, plain)

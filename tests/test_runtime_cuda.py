@@ -157,6 +157,19 @@ def test_a_callers_capture_is_not_crossed_by_a_wait() -> None:
     assert "wait on 8" in engine.gpu.log
 
 
+def test_inside_a_callers_capture_the_steps_are_put_one_by_one() -> None:
+    engine = backend()
+    one_pass = engine.passes(4)
+    engine.gpu.begin_capture(9)
+    with pytest.raises(InputError, match="batch 4 is recorded before its first run; run it once in this thread, then record"):
+        one_pass(9)
+    engine.gpu.abandon_capture(9)
+    one_pass(7)
+    engine.gpu.begin_capture(9)
+    one_pass(9)
+    assert len(engine.gpu.end_capture(9)) == len(program(4).steps)
+
+
 def test_threads_have_contexts_of_their_own_and_agree() -> None:
     engine, inputs = backend(), [images(n) for n in (1, 2, 4, 7)]
     wanted = [expected(x).astype(np.float32) for x in inputs]

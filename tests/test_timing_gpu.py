@@ -47,7 +47,9 @@ def test_tactics_are_few_legal_and_include_the_libraries() -> None:
 def test_a_library_that_cannot_fuse_says_so() -> None:
     problem = Problem(512, 6144, 4096, epilogue=Epilogue("gelu"))
     assert why_not(problem, Tactic("cublaslt", False)) == "cublaslt has no epilogue 'gelu', only relu and the tanh form of gelu"
-    assert "needs inputs in multiples of 16 and tokens in multiples of 8" in str(why_not(Problem(3, 8, 32), Tactic("cusparselt", True)))
+    sizes = "needs inputs and outputs in multiples of 16 and tokens in multiples of 8"
+    assert sizes in str(why_not(Problem(3, 16, 32), Tactic("cusparselt", True)))
+    assert "got 32, 24 and 8" in str(why_not(Problem(8, 24, 32), Tactic("cusparselt", True)))
     assert (
         why_not(Problem(8, 8, 32, sparse=False), Tactic("twofour", True, Config()))
         == "the weight is dense, a 2:4 tactic needs a 2:4 weight"

@@ -32,8 +32,9 @@ def why_not(problem: Problem) -> str | None:
         return f"cusparselt has no epilogue {e.activation!r}, only relu"
     if problem.out_dtype != problem.dtype:
         return f"cusparselt writes {problem.dtype} from {problem.dtype}, not {problem.out_dtype}"
-    if problem.inputs % 16 or problem.tokens % 8:
-        return f"cusparselt needs inputs in multiples of 16 and tokens in multiples of 8, got {problem.inputs} and {problem.tokens}"
+    if problem.inputs % 16 or problem.outputs % 16 or problem.tokens % 8:
+        sizes = f"{problem.inputs}, {problem.outputs} and {problem.tokens}"
+        return f"cusparselt needs inputs and outputs in multiples of 16 and tokens in multiples of 8, got {sizes}"
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twofour.errors import InputError
 from twofour.kernels.gemm.contract import FLAG_BYTES
 from twofour.kernels.launchable import Launchable
 from twofour.plan.program import FALLBACK, Program, Step, step_footprints
@@ -157,9 +158,18 @@ class Context:
     def run(self, prepared: Prepared, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
         """Put one pass on `stream`; addresses are the caller's or those of `buffer`.
 
-        The first pass of a batch size runs every step once, so that libraries load what they load lazily, and captures the graph.
+        The first pass of a batch size runs every step once, so that libraries load what they load lazily, and captures the graph. On a
+        stream that its owner captures the steps are put one by one: a graph may not be launched there.
+
+        Raises:
+            InputError: the stream is captured and this thread has not run the batch size before.
         """
         s, batch = prepared.segments, prepared.program.batch
+        if self._is_captured:
+            if s.graph_begin < s.graph_end and batch not in self._graphs:
+                raise InputError(f"engine: batch {batch} is recorded before its first run; run it once in this thread, then record")
+            self._launch(prepared, 0, len(prepared.program.steps), inputs, outputs, stream)
+            return
         inner_inputs, inner_outputs = list(inputs), list(outputs)
         for i in s.static_inputs:
             size = _bytes(prepared, "input", i)
