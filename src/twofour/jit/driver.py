@@ -93,6 +93,14 @@ def num_sms(device: int) -> int:
     return int(check(d.cuDeviceGetAttribute(attribute, check(d.cuDeviceGet(device), f"finding GPU {device}")), f"asking GPU {device}"))
 
 
+@cache
+def bus_id(device: int) -> str:
+    """Return the address of GPU `device` on the PCI bus, `domain:bus:device.function`."""
+    d = bindings()
+    found = check(d.cuDeviceGetPCIBusId(16, check(d.cuDeviceGet(device), f"finding GPU {device}")), f"asking GPU {device}")
+    return bytes(found).split(b"\0")[0].decode()
+
+
 def use_device(device: int) -> None:
     """Make GPU `device`'s primary context current in this thread, as every CUDA runtime user shares it."""
     d = bindings()

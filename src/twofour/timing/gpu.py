@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twofour.errors import MissingExtraError, UnsupportedError
-from twofour.jit.driver import bindings, check, use_device
+from twofour.jit.driver import bindings, bus_id, check, use_device
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class Meter:
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(device)
+            # By its address on the bus: NVML numbers all GPUs, the driver those that CUDA_VISIBLE_DEVICES names.
+            self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus_id(device))
             self.limit_w = pynvml.nvmlDeviceGetPowerManagementLimit(self._handle) / 1000
         except pynvml.NVMLError as e:
             raise UnsupportedError(f"NVML cannot read GPU {device} ({e}), expected clock and power; check nvidia-smi") from e

@@ -1,5 +1,6 @@
 """Times ways to compute one layer, launched as the engine launches them, on operands that come from memory."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from twofour.kernels.cudnn import Handle
 from twofour.kernels.launchable import Launchable, launchable
 from twofour.timing.gpu import Candidate, Figure, Stopwatch, sets_for
 
+log = logging.getLogger(__name__)
 BLOCK_ELEMS = 1 << 22  # random values are drawn once and repeated
 MOST_SETS = 6
 ROUNDS = 7
@@ -147,11 +149,15 @@ class _Operands:
         most = max(call.workspace_bytes for call in calls)
         self._workspace = Buffer(most, zeroed=True)
 
-    def _searched(self, number: int, call: Launchable) -> int:
-        """Let cuSPARSELt look for its fastest algorithm; its number."""
+    def _searched(self, number: int, call: Launchable) -> int | None:
+        """Let cuSPARSELt look for its fastest algorithm; its number, or None, the default, where its search fails."""
         row = self._rows(number)[0]
         extra = {name: row[name] for name in ("bias", "residual") if name in row}
-        return int(call.call.search(row["x"], row["weight"], row["d"], **extra))  # type: ignore[attr-defined]
+        try:
+            return int(call.call.search(row["x"], row["weight"], row["d"], **extra))  # type: ignore[attr-defined]
+        except UnsupportedError as e:
+            log.info("%s", e)
+            return None
 
     def _rows(self, number: int) -> list[dict[str, int]]:
         """The addresses of way `number`'s operands in each set."""

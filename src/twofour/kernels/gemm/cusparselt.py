@@ -146,11 +146,18 @@ class CusparseLt:
             self._bias = bias
 
     def __call__(self, x: int, weight: int, d: int, *, bias: int = 0, residual: int = 0, workspace: int = 0, stream: int = 0) -> None:
-        """Launch on device addresses; `weight` is a compressed one's, `bias` `[outputs]` of the output's type."""
+        """Launch on device addresses; `weight` is a compressed one's, `bias` `[outputs]` of the output's type.
+
+        Raises:
+            UnsupportedError: the library refuses the launch.
+        """
         with self._lock:
             self._use_bias(bias)
             self._streams[0] = stream
-            self._lt.matmul(
-                self._handle, self._plan, self._one.ctypes.data, weight, x, self._beta.ctypes.data, residual or d, d, workspace,
-                ctypes.addressof(self._streams), 1,
-            )  # fmt: skip
+            try:
+                self._lt.matmul(
+                    self._handle, self._plan, self._one.ctypes.data, weight, x, self._beta.ctypes.data, residual or d, d, workspace,
+                    ctypes.addressof(self._streams), 1,
+                )  # fmt: skip
+            except self._lt.cuSPARSELtError as e:
+                raise UnsupportedError(f"cuSPARSELt could not compute {self.problem} ({e}); use another tactic") from e
