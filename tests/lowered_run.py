@@ -12,6 +12,7 @@ from twofour.kernels import families
 from twofour.oracle.attention import attention
 from twofour.oracle.conv import conv
 from twofour.oracle.gemm import gemm
+from twofour.oracle.patches import patches
 from twofour.oracle.pointwise import pointwise
 from twofour.oracle.pool import pool, resize
 from twofour.oracle.reduce import reduce
@@ -82,6 +83,10 @@ def run_call(call: LayerCall, memory: Memory) -> None:
         else:
             y = resize(x, p.out_height, p.out_width, p.kind, p.coordinate, p.rounding, p.scales)
         memory.view(o["d"], out, packed(out, p.y_pitch))[...] = y
+    elif call.family == "patches":
+        x = memory.view(o["x"], (p.batch, p.height, p.width, p.channels), p.x_strides)
+        out = (p.batch, p.out_height, p.out_width, p.out_channels)
+        memory.view(o["d"], out, packed(out))[...] = patches(x, *out[1:], p.block, p.top, p.left)
     elif call.family == "reduce":
         line = p.inner if p.inner > 1 else p.length
         pitch = p.x_pitch or line

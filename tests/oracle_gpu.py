@@ -14,6 +14,7 @@ from twofour.kernels.families import OURS
 from twofour.oracle.attention import attention
 from twofour.oracle.conv import conv
 from twofour.oracle.gemm import gemm
+from twofour.oracle.patches import patches
 from twofour.oracle.pointwise import bf16_bits
 from twofour.oracle.pool import pool, resize
 from twofour.oracle.reduce import reduce
@@ -104,6 +105,11 @@ class OracleStep(FakeStep):
     def _resize(self, p: Any, found: dict[str, np.ndarray]) -> None:
         x = self._image(p, self._values(found, "x"))
         self._pooled(p, resize(x, p.out_height, p.out_width, p.kind, p.coordinate, p.rounding, p.scales), found)
+
+    def _patches(self, p: Any, found: dict[str, np.ndarray]) -> None:
+        x = viewed(self._values(found, "x"), (p.batch, p.height, p.width, p.channels), p.x_strides)
+        y = patches(x, p.out_height, p.out_width, p.out_channels, p.block, p.top, p.left)
+        found["d"][...] = rounded(y, p.out_dtype).ravel()
 
     def _reduce(self, p: Any, found: dict[str, np.ndarray]) -> None:
         line = p.inner if p.inner > 1 else p.length

@@ -282,6 +282,18 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
         ["View", "Pointwise"],
         ("float[2,4,5,6] x, float[2,4] g", "b = Reshape(g, s) y = Mul(x, b)", {"s": i(2, 4, 1, 1)}),
     ),
+    "patches of an image": (
+        passes.GatherPatches,
+        ("float[2,3,9,8] x", "y = Conv <strides=[2,2], pads=[1,1,1,1]> (x, w)", {"w": normal(8, 3, 3, 3)}),
+        ["View", "Patches", "Conv", "View", "Copy"],
+        ("float[2,5,9,8] x", "y = Conv(x, w)", {"w": normal(8, 5, 3, 3)}),
+    ),
+    "patches read by two": (
+        passes.GatherPatches,
+        ("float[2,3,9,8] x", "a = Conv(x, w) b = Conv(x, w2) y = Add(a, b)", {"w": normal(8, 3, 3, 3), "w2": normal(8, 3, 3, 3)}),
+        ["View", "Patches", "Conv", "Conv", "View", "Copy"],
+        ("float[2,4,9,8] x", "y = Conv <group=2> (x, w)", {"w": normal(8, 2, 3, 3)}),
+    ),
     "channels to multiples of 8": (
         passes.WidenChannels,
         (ROWS, "y = MatMul(x, w)", {"w": M48}),
@@ -295,7 +307,7 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
             "a = Conv(x, w) b = Conv(x, w) y0 = Concat <axis=1> (a, b) y = MaxPool <kernel_shape=[2,2]> (y0)",
             {"w": normal(8, 4, 1, 1)},
         ),
-        ["View", "Copy", "Pad", "Conv", "Conv", "Concat", "Pool", "View", "Copy"],
+        ["View", "Patches", "Conv", "Conv", "Concat", "Pool", "View", "Copy"],
         (IMAGE, "y = Conv(x, w)", {"w": normal(8, 4, 1, 1)}),
     ),
     "precision": (
@@ -435,3 +447,19 @@ def test_a_pass_left_out_is_noticed() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(InputError, match=r"precision 'fp8' is unknown here, expected one of \['fp16', 'bf16'\]"):
         passes.Precision("fp8")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_convolution_over_patches_is_the_convolution(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kernel, strides, dilations = ([int(n) for n in rng.integers(1, top, 2)] for top in (8, 5, 3))
+    if seed % 2:
+        dilations = [1, 1]
+    pads = [int(n) for n in rng.integers(0, 5, 4)]
+    size = [int(rng.integers(d * (k - 1) + 1, 30)) for k, d in zip(kernel, dilations, strict=True)]
+    channels = int(rng.integers(1, 5))
+    described = f"strides={strides}, pads={pads}, dilations={dilations}"
+    inputs, weight = f"float[2,{channels},{size[0]},{size[1]}] x", normal(8, channels, *kernel)
+    model = before(passes.GatherPatches, small(inputs, f"y = Conv <{described}> (x, w)", w=weight))
+    assert applied(passes.GatherPatches(), model)
+    assert "Patches" in kinds(model)

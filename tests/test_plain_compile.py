@@ -5,7 +5,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from twofour.jit.compiler import Compiled, compile_source
-from twofour.kernels import pointwise, pool, reduce
+from twofour.kernels import patches, pointwise, pool, reduce
 from twofour.kernels.launchable import kernel_source
 from twofour.kernels.pointwise.contract import ARITY, DTYPES, MAX_INPUTS
 from twofour.kernels.pool.contract import COORDINATES, ROUNDINGS
@@ -78,6 +78,19 @@ def pool_cases() -> list[Case]:
     return cases
 
 
+def patches_cases() -> list[Case]:
+    """The blocks of real first layers, both widths, all types, both layouts, indices of 64 bits."""
+    nchw, nhwc = (150528, 224, 1, 50176), (150528, 672, 3, 1)
+    cases: list[Case] = []
+    for block, channels in (((2, 2), 16), ((1, 1), 8), ((4, 4), 48), ((16, 16), 768), ((14, 14), 592), ((1, 2), 8)):
+        for dtype, out, strides in (("fp32", "fp16", nchw), ("bf16", "bf16", nhwc)):
+            problem = patches.Problem(2, 224, 224, 3, 16, 16, channels, strides, block, dtype=dtype, out_dtype=out)
+            cases += [("patches", problem, config) for config in patches.candidates(problem)]
+    large = patches.Problem(2**15, 224, 224, 3, 112, 112, 16, nchw, (2, 2))
+    cases += [("patches", large, config) for config in patches.candidates(large)]
+    return cases
+
+
 def reduce_cases() -> list[Case]:
     """Every kind over rows kept by a warp, kept by a block, read again, and of odd length; every reduction over columns."""
     cases: list[Case] = []
@@ -102,7 +115,7 @@ def build(case: Case) -> Compiled:
 
 
 def test_the_covering_sets_compile_clean() -> None:
-    cases = pointwise_cases() + pool_cases() + reduce_cases()
+    cases = pointwise_cases() + pool_cases() + reduce_cases() + patches_cases()
     with ProcessPoolExecutor(2, get_context("spawn")) as workers:
         complaints = [(case, built.complaints) for case, built in zip(cases, workers.map(build, cases), strict=True) if built.complaints]
     assert not complaints, complaints

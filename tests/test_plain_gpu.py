@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from twofour.errors import MissingExtraError, UnsupportedError
-from twofour.kernels import attention, conv, gemm, matmul, pointwise, pool, reduce
+from twofour.kernels import attention, conv, gemm, matmul, patches, pointwise, pool, reduce
 from twofour.kernels.conv.cudnn import UNFUSED
 from twofour.kernels.families import bias_dtype, footprints, why_not
 from twofour.kernels.gemm.contract import FLAG_BYTES
@@ -19,6 +19,7 @@ from twofour.kernels.launchable import launchable
 from twofour.oracle.attention import attention as oracle_attention
 from twofour.oracle.conv import conv as oracle_conv
 from twofour.oracle.gemm import gemm as oracle_gemm
+from twofour.oracle.patches import patches as oracle_patches
 from twofour.oracle.pointwise import held
 from twofour.oracle.pointwise import pointwise as oracle_pointwise
 from twofour.oracle.pool import pool as oracle_pool
@@ -199,6 +200,25 @@ def test_resizing(kind: str, coordinate: str, size: tuple[int, int, int, int]) -
     for config in pool.candidates(p):
         found = run("resize", "twofour", p, {"x": x}, config).view(exact.shape).double().cpu().numpy()
         close(found, exact, "fp16", 8.0, np.abs(image).max())
+
+
+PATCHES = [
+    patches.Problem(3, 224, 224, 3, 115, 115, 16, (150528, 224, 1, 50176), (2, 2), 4, 4),
+    patches.Problem(2, 33, 31, 3, 35, 33, 8, (3069, 93, 3, 1), (1, 1), 1, 1, "fp16", "fp16"),
+    patches.Problem(2, 224, 224, 3, 14, 14, 768, (150528, 224, 1, 50176), (16, 16), out_dtype="bf16"),
+    patches.Problem(5, 17, 29, 1, 4, 8, 16, (493, 29, 1, 1), (4, 4), 3, 2, "bf16", "bf16", align=2),
+    patches.Problem(2, 9, 9, 4, 20, 20, 8, (324, 9, 1, 81), (1, 2), 30, 0, "fp32", "fp32"),
+]
+
+
+@pytest.mark.parametrize("p", PATCHES, ids=lambda p: f"{p.block[0]}x{p.block[1]}{p.dtype}")
+def test_patches(p: patches.Problem) -> None:
+    x = draw(p.dtype, p.x_elements)
+    image = view(x, (p.batch, p.height, p.width, p.channels), p.x_strides)
+    exact = oracle_patches(image, p.out_height, p.out_width, p.out_channels, p.block, p.top, p.left)
+    for config in patches.candidates(p):
+        found = run("patches", "twofour", p, {"x": x}, config).view(exact.shape).double().cpu().numpy()
+        close(found, exact, p.out_dtype, 0.5, np.abs(exact))
 
 
 ROWS = [1, 7, 8, 33, 197, 768, 1000, 2048, 4099, 16384, 50257]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from twofour.errors import InputError, PlanFormatError
-from twofour.kernels import attention, conv, families, gemm, matmul, pool, reduce
+from twofour.kernels import attention, conv, families, gemm, matmul, patches, pool, reduce
 from twofour.kernels.records import from_plain, to_plain
 from twofour.plan import Plan
 from twofour.plan.program import Value
@@ -52,6 +52,7 @@ PROBLEMS = [
     ("attention", attention.Problem(2, 12, 197, 197, 64, 0.125)),
     ("pool", pool.Problem(2, 112, 112, 64, "max", (3, 3), (2, 2), (1, 1, 1, 1))),
     ("resize", pool.ResizeProblem(2, 33, 33, 21, 129, 129, scales=(3.9, 3.9))),
+    ("patches", patches.Problem(2, 224, 224, 3, 115, 115, 16, (150528, 224, 1, 50176), (2, 2), 4, 4)),
     ("reduce", reduce.Problem(3, 49, "mean", inner=2048)),
     ("pointwise", program(4).steps[1].problem),
 ]

@@ -149,7 +149,7 @@ def shape_text(call: LayerCall) -> str:
         return f"{p.height}×{p.width}×{p.inputs} → {p.outputs}, {p.kernel[0]}×{p.kernel[1]}{stride}{groups}"
     if call.family == "pointwise":
         return "×".join(map(str, p.shape))
-    if call.family in ("pool", "resize"):
+    if call.family in ("pool", "resize", "patches"):
         return f"{p.height}×{p.width}×{p.channels} → {p.out_height}×{p.out_width}"
     if call.family == "reduce":
         return f"{p.rows}×{p.length}×{p.inner}" if p.inner > 1 else f"{p.rows}×{p.length}"

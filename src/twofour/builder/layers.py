@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import Array, attribute, shape_of
+from twofour.builder.graph import Array, attribute, is_fused, shape_of
 from twofour.builder.passes.materialise import pitch_of
 from twofour.builder.passes.programs import program_of
 from twofour.builder.storage import DTYPES, Place, Storage, part
@@ -15,6 +15,7 @@ from twofour.kernels.attention import contract as attention
 from twofour.kernels.conv import contract as conv
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.matmul import contract as matmul
+from twofour.kernels.patches import contract as patches
 from twofour.kernels.pointwise import contract as pointwise
 from twofour.kernels.pool import contract as pool
 from twofour.kernels.reduce import contract as reduce
@@ -60,6 +61,7 @@ class Emitter:
             "Copy": self._copy,
             "Concat": self._concat,
             "Pad": self._pad,
+            "Patches": self._patches,
             "Pool": self._pool,
             "Reduce": self._reduce,
             "Resize": self._resize,
@@ -117,7 +119,10 @@ class Emitter:
             residual_pitch=None if residual is None else pitch(residual, residual.shape[-1]),
         )
         why = ""
-        if groups > 1:
+        image = node.inputs[0].producer()
+        if is_fused(image, "Patches") and shape_of(image.inputs[0])[-1] % 4:
+            why = f"an image of {shape_of(image.inputs[0])[-1]} channels has no groups of four"
+        elif groups > 1:
             why = "depthwise convolution" if x.shape[-1] == groups else f"grouped convolution ({groups} groups)"
         elif conv.as_gemm(problem) is None:
             why = f"no 2:4 kernel here computes a {kh}×{kw} convolution{self._why_no_gemm(problem)}"
@@ -197,6 +202,25 @@ class Emitter:
         self._program(node, [name], self._part(f"{base}.border", filled))
         self._program(node, [self._name(node.inputs[0])], self._part(f"{base}.inside", inside))
         self._name(node.outputs[0])
+
+    def _patches(self, node: ir.Node) -> None:
+        operands = self._operands(node, "x")
+        x, d = self.places[operands["x"]], self.places[operands["d"]]
+        _, out_height, out_width, out_channels = image_of(d)
+        problem = patches.Problem(
+            *image_of(x),
+            out_height=out_height,
+            out_width=out_width,
+            out_channels=out_channels,
+            x_strides=tupled(list(x.strides)),
+            block=tuple(attribute(node, "block")),
+            top=int(attribute(node, "before")[0]),
+            left=int(attribute(node, "before")[1]),
+            dtype=x.dtype,
+            out_dtype=d.dtype,
+            align=x.align,
+        )
+        self._append(node, "patches", problem, operands)
 
     def _pool(self, node: ir.Node) -> None:
         operands = self._operands(node, "x")

@@ -1,6 +1,6 @@
 """All families by name: which libraries compute each, how its records are read from a file, and what a launch touches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from twofour.kernels.conv import contract as conv
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.matmul import contract as matmul
 from twofour.kernels.operands import DTYPE_BYTES, Footprint
+from twofour.kernels.patches import contract as patches
 from twofour.kernels.pointwise import contract as pointwise
 from twofour.kernels.pool import contract as pool
 from twofour.kernels.records import from_plain
@@ -23,23 +24,70 @@ WORKSPACE_CAP = 256 << 20
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of step: its Problem, its Config (None: libraries only), its libraries, its legality rule."""
+    """A kind of step.
+
+    Attributes:
+        problem, config: its records; config None: computed by libraries only. libraries: who can compute it.
+        footprints: what a launch of a problem by a library touches, by operand name.
+        why_not: the legality rule of our kernels. candidates: their configs for a problem and a number of multiprocessors.
+        launcher: of a plain family, the module under `kernels` and the class in its `launch` that prepares a step.
+    """
 
     problem: type
     config: type | None
     libraries: tuple[str, ...]
-    why_not: Callable[[Any, Any], str | None] | None
+    footprints: Callable[[Any, str], dict[str, Footprint]]
+    why_not: Callable[[Any, Any], str | None] | None = None
+    candidates: Callable[[Any, int], Sequence[Any]] | None = None
+    launcher: tuple[str, str] | None = None
+
+
+def _plain(contract: Any, folder: str, launcher: str, problem: type | None = None) -> Family:
+    """Return a family that our kernels alone compute."""
+    return Family(
+        problem or contract.Problem,
+        contract.Config,
+        (OURS,),
+        lambda asked, _library: dict(contract.footprints(asked)),
+        contract.why_not,
+        contract.candidates,
+        (folder, launcher),
+    )
+
+
+def _gemm_footprints(p: gemm.Problem, library: str) -> dict[str, Footprint]:
+    e = p.epilogue
+    if library == OURS:
+        weight = Footprint("uint8", p.row_blocks * p.k_blocks * block_bytes(p.sparse))
+    elif library == "cusparselt":
+        # The compressed form is opaque; it holds at least the values that are kept.
+        weight = Footprint("uint8", p.weight_rows * p.inputs // 2 * DTYPE_BYTES[p.dtype])
+    else:
+        weight = Footprint(p.dtype, p.weight_rows * p.inputs)
+    found = {
+        "x": Footprint(p.dtype, p.tokens * p.inputs),
+        "weight": weight,
+        "d": Footprint(p.out_dtype, p.tokens * p.outputs, writes=True),
+    }
+    if e.scale:
+        found["scale"] = Footprint("fp32", p.weight_rows)
+    if e.bias:
+        found["bias"] = Footprint(bias_dtype(library, p.out_dtype), p.weight_rows)
+    if e.residual:
+        found["residual"] = Footprint(p.out_dtype, p.tokens * p.outputs)
+    return found
 
 
 FAMILIES = {
-    "gemm": Family(gemm.Problem, gemm.Config, (OURS, "cublaslt", "cusparselt"), gemm.why_not),
-    "matmul": Family(matmul.Problem, None, ("cublaslt",), None),
-    "conv": Family(conv.Problem, None, ("cudnn",), None),
-    "attention": Family(attention.Problem, None, ("cudnn",), None),
-    "pointwise": Family(pointwise.Problem, pointwise.Config, (OURS,), pointwise.why_not),
-    "pool": Family(pool.Problem, pool.Config, (OURS,), pool.why_not),
-    "resize": Family(pool.ResizeProblem, pool.Config, (OURS,), pool.why_not),
-    "reduce": Family(reduce.Problem, reduce.Config, (OURS,), reduce.why_not),
+    "gemm": Family(gemm.Problem, gemm.Config, (OURS, "cublaslt", "cusparselt"), _gemm_footprints, gemm.why_not, gemm.candidates),
+    "matmul": Family(matmul.Problem, None, ("cublaslt",), lambda p, _: matmul.footprints(p)),
+    "conv": Family(conv.Problem, None, ("cudnn",), lambda p, library: conv.footprints(p, bias_dtype(library, p.dtype))),
+    "attention": Family(attention.Problem, None, ("cudnn",), lambda p, _: attention.footprints(p)),
+    "pointwise": _plain(pointwise, "pointwise", "Pointwise"),
+    "pool": _plain(pool, "pool", "Pool"),
+    "resize": _plain(pool, "pool", "Pool", pool.ResizeProblem),
+    "reduce": _plain(reduce, "reduce", "Reduce"),
+    "patches": _plain(patches, "patches", "Patches"),
 }
 
 
@@ -109,39 +157,4 @@ def why_not(name: str, library: str, problem: Any, config: Any) -> str | None:
 
 def footprints(name: str, library: str, problem: Any) -> dict[str, Footprint]:
     """Return what a launch of `problem` of family `name` by `library` touches, by operand name."""
-    if name == "gemm":
-        return _gemm_footprints(problem, library)
-    if name == "conv":
-        return conv.footprints(problem, bias_dtype(library, problem.dtype))
-    if name in ("pool", "resize"):
-        return pool.footprints(problem)
-    simple: dict[str, Callable[[Any], dict[str, Footprint]]] = {
-        "matmul": matmul.footprints,
-        "attention": attention.footprints,
-        "pointwise": pointwise.footprints,
-        "reduce": reduce.footprints,
-    }
-    return simple[name](problem)
-
-
-def _gemm_footprints(p: gemm.Problem, library: str) -> dict[str, Footprint]:
-    e = p.epilogue
-    if library == OURS:
-        weight = Footprint("uint8", p.row_blocks * p.k_blocks * block_bytes(p.sparse))
-    elif library == "cusparselt":
-        # The compressed form is opaque; it holds at least the values that are kept.
-        weight = Footprint("uint8", p.weight_rows * p.inputs // 2 * DTYPE_BYTES[p.dtype])
-    else:
-        weight = Footprint(p.dtype, p.weight_rows * p.inputs)
-    found = {
-        "x": Footprint(p.dtype, p.tokens * p.inputs),
-        "weight": weight,
-        "d": Footprint(p.out_dtype, p.tokens * p.outputs, writes=True),
-    }
-    if e.scale:
-        found["scale"] = Footprint("fp32", p.weight_rows)
-    if e.bias:
-        found["bias"] = Footprint(bias_dtype(library, p.out_dtype), p.weight_rows)
-    if e.residual:
-        found["residual"] = Footprint(p.out_dtype, p.tokens * p.outputs)
-    return found
+    return family(name).footprints(problem, library)

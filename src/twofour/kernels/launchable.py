@@ -1,10 +1,11 @@
 """Any step made callable with its operands by name: what the planner times and the runtime launches."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
 from twofour.errors import InputError, UnsupportedError
-from twofour.kernels.families import OURS, WORKSPACE_CAP, why_not
+from twofour.kernels.families import FAMILIES, OURS, WORKSPACE_CAP, why_not
 from twofour.kernels.gemm.contract import FLAG_BYTES
 
 
@@ -25,39 +26,29 @@ class Launchable(Protocol):
         ...
 
 
-class _Ours:
-    """One of our kernels."""
+class _Plain:
+    """A step of a plain family."""
+
+    workspace_bytes = 0
 
     def __init__(self, family: str, problem: Any, config: Any, device: int, cubin: bytes | None) -> None:
-        self.workspace_bytes: int = 0
-        self._family = family
-        self._call: Any
-        if family == "gemm":
-            from twofour.kernels.gemm.launch import Gemm
-
-            self._call = Gemm(problem, config, device=device, cubin=cubin)
-            self.workspace_bytes = self._call.workspace_bytes
-        elif family == "pointwise":
-            from twofour.kernels.pointwise.launch import Pointwise
-
-            self._call = Pointwise(problem, config, device=device, cubin=cubin)
-            self._names = [f"in{i}" for i in range(len(problem.inputs))]
-        elif family in ("pool", "resize"):
-            from twofour.kernels.pool.launch import Pool
-
-            self._call = Pool(problem, config, device=device, cubin=cubin)
-        else:
-            from twofour.kernels.reduce.launch import Reduce
-
-            self._call = Reduce(problem, config, device=device, cubin=cubin)
+        self._step = _part_of(family, "launch")(problem, config, device=device, cubin=cubin)
 
     def __call__(self, operands: Mapping[str, int], workspace: int, stream: int) -> None:
-        if self._family == "gemm":
-            self._call(**operands, workspace=workspace, stream=stream)
-        elif self._family == "pointwise":
-            self._call([operands[name] for name in self._names], operands["d"], stream=stream)
-        else:
-            self._call(**operands, stream=stream)
+        self._step.on(operands, stream)
+
+
+class _Product:
+    """Our matrix product."""
+
+    def __init__(self, problem: Any, config: Any, device: int, cubin: bytes | None) -> None:
+        from twofour.kernels.gemm.launch import Gemm
+
+        self._call = Gemm(problem, config, device=device, cubin=cubin)
+        self.workspace_bytes: int = self._call.workspace_bytes
+
+    def __call__(self, operands: Mapping[str, int], workspace: int, stream: int) -> None:
+        self._call(**operands, workspace=workspace, stream=stream)
 
 
 class _Library:
@@ -102,7 +93,7 @@ def launchable(
         raise InputError(f"{library} cannot compute {problem}: {reason}")
     made: Launchable
     if library == OURS:
-        made = _Ours(family, problem, config, device, cubin)
+        made = _Product(problem, config, device, cubin) if family == "gemm" else _Plain(family, problem, config, device, cubin)
     elif library == "cublaslt":
         from twofour.kernels.gemm.cublaslt import BatchedCublasLt, CublasLt
 
@@ -126,39 +117,26 @@ def launchable(
     return made
 
 
+def _part_of(family: str, module: str) -> Any:
+    """Return what a plain family keeps in one of its modules: the class in `launch`, the functions in `source` and `contract`."""
+    launcher = FAMILIES[family].launcher
+    assert launcher is not None, family
+    found = import_module(f"twofour.kernels.{launcher[0]}.{module}")
+    return getattr(found, launcher[1]) if module == "launch" else found
+
+
 def kernel_source(family: str, problem: Any, config: Any, num_sms: int) -> Any:
     """Return the `Source` of one of our kernels, whose cubin a plan may hold."""
     if family == "gemm":
         from twofour.kernels.gemm.source import source as gemm_source
 
         return gemm_source(problem, config)
-    if family == "pointwise":
-        from twofour.kernels.pointwise import contract as pointwise
-        from twofour.kernels.pointwise.source import source as pointwise_source
-
-        return pointwise_source(problem, config, pointwise.derive(problem, config, num_sms))
-    if family in ("pool", "resize"):
-        from twofour.kernels.pool import contract as pool
-        from twofour.kernels.pool.source import source as pool_source
-
-        return pool_source(problem, config, pool.derive(problem, config, num_sms))
-    from twofour.kernels.reduce import contract as reduce
-    from twofour.kernels.reduce.source import source as reduce_source
-
-    return reduce_source(problem, config, reduce.derive(problem, config, num_sms))
+    return _part_of(family, "source").source(problem, config, _part_of(family, "contract").derive(problem, config, num_sms))
 
 
 def sources_digests() -> dict[str, str]:
     """Return the digest of each family's device sources: a plan's cubins serve only the installed package with the same ones."""
     from twofour.kernels.gemm.source import sources_digest as gemm_digest
-    from twofour.kernels.pointwise.source import sources_digest as pointwise_digest
-    from twofour.kernels.pool.source import sources_digest as pool_digest
-    from twofour.kernels.reduce.source import sources_digest as reduce_digest
 
-    return {
-        "gemm": gemm_digest(),
-        "pointwise": pointwise_digest(),
-        "pool": pool_digest(),
-        "resize": pool_digest(),
-        "reduce": reduce_digest(),
-    }
+    plain = {name: _part_of(name, "source").sources_digest() for name, family in FAMILIES.items() if family.launcher is not None}
+    return {"gemm": gemm_digest(), **plain}

@@ -15,6 +15,7 @@ from twofour.builder.passes.layout import Layout
 from twofour.builder.passes.linear import Linears
 from twofour.builder.passes.norms import Norms
 from twofour.builder.passes.pads import FoldPads
+from twofour.builder.passes.patches import GatherPatches
 from twofour.builder.passes.pointwise import FusePointwise
 from twofour.builder.passes.precision import Precision
 from twofour.builder.passes.scales import FoldScales
@@ -34,6 +35,7 @@ __all__ = [
     "FoldPads",
     "FoldScales",
     "FusePointwise",
+    "GatherPatches",
     "Layout",
     "Linears",
     "Norms",
@@ -51,7 +53,7 @@ def pipeline(precision: str) -> list[Rewrite]:
     """Return the passes in their order: recognise, fold, lay out, fuse, place, type."""
     recognise = [FoldConstants(), DeadCode(), Activations(), Norms(), BatchNorms(), FoldPads(), Attentions(), Linears(), FoldScales()]
     lay_out = [SqueezeExcite(), Layout(), Elementwise(), SinkTransposes()]
-    fuse = [Epilogues(), FusePointwise(), WidenChannels(), ConcatInPlace(), Precision(precision)]
+    fuse = [Epilogues(), FusePointwise(), GatherPatches(), WidenChannels(), ConcatInPlace(), Precision(precision)]
     return [*recognise, *lay_out, *fuse]
 
 

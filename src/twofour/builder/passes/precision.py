@@ -7,7 +7,7 @@ from twofour.builder.passes.infra import Rewrite
 from twofour.errors import InputError
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-CONVERTS = ("Pointwise", "Copy", "Pad", "Concat", "View")
+CONVERTS = ("Pointwise", "Copy", "Pad", "Patches", "Concat", "View")
 WRITES_FP32 = ("Pointwise", "Copy", "Reduce")
 SMALL = 4096  # constants up to this many elements cost nothing in fp32
 
@@ -16,8 +16,8 @@ class Precision(Rewrite):
     """Chooses the type of every floating value.
 
     1. What a step computes: the 16-bit type; sums, norms and programs are fp32 inside the kernels.
-    2. Inputs of the graph, and what a Fallback takes and gives, stay fp32: Pointwise, Copy and Pad read them so; for any other reader a
-       Copy converts.
+    2. Inputs of the graph, and what a Fallback takes and gives, stay fp32: Pointwise, Copy, Pad and Patches read them so; for any other
+       reader a Copy converts.
     3. Outputs of the graph stay fp32: Pointwise, Copy, Reduce, Linear write them so; behind any other step a Copy converts.
     4. Constants: weights, biases, scales and anything small stay fp32 (packing rounds the weights); a large constant that an element-wise
        step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type.

@@ -15,9 +15,6 @@ from twofour.kernels.conv import contract as conv
 from twofour.kernels.conv.cudnn import UNFUSED, is_fusible
 from twofour.kernels.families import OURS
 from twofour.kernels.gemm import contract as gemm
-from twofour.kernels.pointwise import contract as pointwise
-from twofour.kernels.pool import contract as pool
-from twofour.kernels.reduce import contract as reduce
 from twofour.pattern.pack_sm90 import pack
 
 LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
@@ -25,8 +22,6 @@ SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
 CUBLASLT_ALGORITHMS = 3
 TRIED_CUDNN = 4  # plans a layer; more than twenty layers with twelve plans each took minutes
 MOST_CUDNN = 2  # of the plans that ran alone, the fastest are timed against the other ways
-_CANDIDATES: dict[str, Any] = {"pointwise": pointwise.candidates, "pool": pool.candidates, "resize": pool.candidates}
-_CANDIDATES["reduce"] = reduce.candidates
 
 
 @dataclass(frozen=True)
@@ -82,8 +77,9 @@ def ways_of(
         left["2:4"] = call.why_not_24
     if call.family == "matmul" and "cublaslt" in libraries:
         found += [Way("matmul", "cublaslt", call.problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
-    if call.family in _CANDIDATES:
-        found += [Way(call.family, OURS, call.problem, config) for config in _CANDIDATES[call.family](call.problem, sms)]
+    kind = families.family(call.family)
+    if kind.launcher is not None and kind.candidates is not None:
+        found += [Way(call.family, OURS, call.problem, config) for config in kind.candidates(call.problem, sms)]
     return found, left
 
 

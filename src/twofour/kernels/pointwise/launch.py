@@ -1,12 +1,13 @@
 """A Problem and a Config made callable on device addresses."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from twofour.errors import InputError
-from twofour.jit import driver
-from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
-from twofour.kernels.pointwise.contract import MAX_AXES, MAX_INPUTS, Config, Launch, Problem, collapse, default, derive
+from twofour.kernels.loading import PlainStep, divisor
+from twofour.kernels.pointwise import contract
+from twofour.kernels.pointwise.contract import MAX_AXES, MAX_INPUTS, Config, Launch, Problem, collapse
 from twofour.kernels.pointwise.source import source
 
 # struct PointwiseParams of pointwise.cuh: pointers, then sizes.
@@ -25,32 +26,18 @@ def pack_sizes(problem: Problem, launch: Launch) -> bytes:
     return _SIZES.pack(launch.groups, *strides, *shape, found.shape[launch.turn_axis], found.shape[-1], *divisors)
 
 
-class Pointwise:
+class Pointwise(PlainStep):
     """One element-wise computation on one GPU, prepared; calling it only launches. Safe from several threads."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        config: Config | None = None,
-        *,
-        device: int = 0,
-        overlap: bool = False,
-        cache_folder: str | None = None,
-        cubin: bytes | None = None,
-    ) -> None:
-        """Compile or fetch the kernel and load it; `config` None takes the default.
+    contract: ClassVar[Any] = contract
+    source = staticmethod(source)
+    pack_sizes = staticmethod(pack_sizes)
+    pointers = _POINTERS
+    problem: Problem
 
-        Raises:
-            UnsupportedError: GPU `device` is not of compute capability 9.0. InputError: `why_not(problem, config)` has a reason.
-        """
-        refuse_other_gpus(device)
-        sms = driver.num_sms(device)
-        self.problem, self.device = problem, device
-        self.config = default(problem, sms) if config is None else config
-        self.plan = derive(problem, self.config, sms)
-        handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        self._sizes = pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
+    def __init__(self, problem: Problem, config: Config | None = None, **options: Any) -> None:
+        """Compile or fetch the kernel and load it, as `PlainStep`."""
+        super().__init__(problem, config, **options)
         self._aligns = tuple(o.align for o in problem.inputs)
         self._rest = (0,) * (MAX_INPUTS - len(problem.inputs))
 
@@ -67,4 +54,8 @@ class Pointwise:
                 f"{list(self._aligns)} bytes and an output at a multiple of {self.problem.out_align}"
             )
         pointers = (*inputs, *self._rest, d)
-        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)
+        self._launch(pointers, stream)
+
+    def on(self, operands: Mapping[str, int], stream: int) -> None:
+        """Launch on device addresses given by operand name: `in0` and so on, `d`."""
+        self([operands[f"in{i}"] for i in range(len(self._aligns))], operands["d"], stream=stream)

@@ -1,11 +1,12 @@
 """A Problem and a Config made callable on device addresses."""
 
 import struct
+from typing import Any, ClassVar
 
 from twofour.errors import InputError
-from twofour.jit import driver
-from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
-from twofour.kernels.pool.contract import AnyProblem, Config, Launch, Problem, default, derive
+from twofour.kernels.loading import PlainStep, divisor
+from twofour.kernels.pool import contract
+from twofour.kernels.pool.contract import AnyProblem, Launch, Problem
 from twofour.kernels.pool.source import source
 
 # struct PoolParams of pool.cuh: two pointers, then sizes.
@@ -28,32 +29,14 @@ def pack_sizes(problem: AnyProblem, launch: Launch) -> bytes:
     return _SIZES.pack(launch.groups, *pitches, *steps, *sizes, *window, *divisors)
 
 
-class Pool:
+class Pool(PlainStep):
     """One pooling or resizing on one GPU, prepared; calling it only launches. Safe from several threads."""
 
-    def __init__(
-        self,
-        problem: AnyProblem,
-        config: Config | None = None,
-        *,
-        device: int = 0,
-        overlap: bool = False,
-        cache_folder: str | None = None,
-        cubin: bytes | None = None,
-    ) -> None:
-        """Compile or fetch the kernel and load it; `config` None takes the default.
-
-        Raises:
-            UnsupportedError: GPU `device` is not of compute capability 9.0. InputError: `why_not(problem, config)` has a reason.
-        """
-        refuse_other_gpus(device)
-        sms = driver.num_sms(device)
-        self.problem, self.device = problem, device
-        self.config = default(problem, sms) if config is None else config
-        self.plan = derive(problem, self.config, sms)
-        handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        self._sizes = pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
+    contract: ClassVar[Any] = contract
+    source = staticmethod(source)
+    pack_sizes = staticmethod(pack_sizes)
+    pointers = _POINTERS
+    problem: AnyProblem
 
     def __call__(self, x: int, d: int, *, stream: int = 0) -> None:
         """Launch on device addresses.
@@ -64,4 +47,4 @@ class Pool:
         if not (x and d) or x % self.problem.align or d % self.problem.out_align:
             raise InputError(f"addresses x={x:#x}, d={d:#x}: expected multiples of {self.problem.align} and {self.problem.out_align} bytes")
         pointers = (x, d)
-        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)
+        self._launch(pointers, stream)

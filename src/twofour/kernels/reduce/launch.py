@@ -1,11 +1,12 @@
 """A Problem and a Config made callable on device addresses."""
 
 import struct
+from typing import Any, ClassVar
 
 from twofour.errors import InputError
-from twofour.jit import driver
-from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
-from twofour.kernels.reduce.contract import Config, Launch, Problem, default, derive
+from twofour.kernels.loading import PlainStep, divisor
+from twofour.kernels.reduce import contract
+from twofour.kernels.reduce.contract import Launch, Problem
 from twofour.kernels.reduce.source import source
 
 # struct ReduceParams of reduce.cuh: four pointers, then sizes; 8-byte aligned.
@@ -21,32 +22,14 @@ def pack_sizes(problem: Problem, launch: Launch) -> bytes:
     return _SIZES.pack(p.rows, x_pitch, p.y_pitch or p.out_length, p.length, p.inner, blocks, p.eps, 1.0 / p.length, *divisor(blocks))
 
 
-class Reduce:
+class Reduce(PlainStep):
     """One reduction or normalisation on one GPU, prepared; calling it only launches. Safe from several threads."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        config: Config | None = None,
-        *,
-        device: int = 0,
-        overlap: bool = False,
-        cache_folder: str | None = None,
-        cubin: bytes | None = None,
-    ) -> None:
-        """Compile or fetch the kernel and load it; `config` None takes the default.
-
-        Raises:
-            UnsupportedError: GPU `device` is not of compute capability 9.0. InputError: `why_not(problem, config)` has a reason.
-        """
-        refuse_other_gpus(device)
-        sms = driver.num_sms(device)
-        self.problem, self.device = problem, device
-        self.config = default(problem, sms) if config is None else config
-        self.plan = derive(problem, self.config, sms)
-        handle = kernel(source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
-        self._sizes = pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
+    contract: ClassVar[Any] = contract
+    source = staticmethod(source)
+    pack_sizes = staticmethod(pack_sizes)
+    pointers = _POINTERS
+    problem: Problem
 
     def __call__(self, x: int, d: int, *, scale: int = 0, bias: int = 0, stream: int = 0) -> None:
         """Launch on device addresses; `scale` and `bias` are fp32 `[length]`.
@@ -61,4 +44,4 @@ class Reduce:
                 "bytes, and each vector that the problem uses"
             )
         pointers = (x, d, scale, bias)
-        self._launcher.launch((*pointers, stream), lambda: _POINTERS.pack(*pointers) + self._sizes, stream)
+        self._launch(pointers, stream)

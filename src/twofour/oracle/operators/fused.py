@@ -7,6 +7,7 @@ import numpy as np
 from twofour.errors import InputError
 from twofour.oracle import attention as attention_family
 from twofour.oracle import conv as conv_family
+from twofour.oracle import patches as patches_family
 from twofour.oracle import pointwise as pointwise_family
 from twofour.oracle import pool as pool_family
 from twofour.oracle import reduce as reduce_family
@@ -97,6 +98,13 @@ def run_pad(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
     return [np.pad(x, list(zip(pads[:n], pads[n:], strict=True)), constant_values=attributes["value"])]
 
 
+def run_patches(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
+    """Patches: x `[N, H, W, C]` to `[N, height, width, channels]`, a block of pixels a pixel; `before` rows and columns of zeros."""
+    height, width, channels = (int(attributes[name]) for name in ("height", "width", "channels"))
+    block, before = tuple(attributes["block"]), attributes["before"]
+    return [patches_family.patches(needed(inputs, 0), height, width, channels, block, *before)]
+
+
 FUSED: dict[str, Operator] = {
     "Conv": run_conv,
     "Linear": run_linear,
@@ -111,5 +119,6 @@ FUSED: dict[str, Operator] = {
     ],
     "Resize": run_resize,
     "Pad": run_pad,
+    "Patches": run_patches,
     "MatMul": lambda inputs, _attributes, _count: [np.asarray(wide(needed(inputs, 0)) @ wide(needed(inputs, 1)))],
 }
