@@ -81,7 +81,7 @@ def test_layers_say_why_they_cannot_run_sparse(tmp_path: Path) -> None:
     assert all(conv.as_gemm(call.problem) is not None for call in eligible)
     assert eligible
     assert lowered.batch == 3
-    assert layers[0].flops == 2 * 3 * 16 * 16 * 64 * 7 * 7 * 8
+    assert layers[0].flops == 2 * 3 * 16 * 16 * 64 * 4 * 4 * 16
 
 
 def test_another_batch_has_the_same_weights(tmp_path: Path) -> None:
