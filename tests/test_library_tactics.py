@@ -267,7 +267,7 @@ def test_a_plan_that_ends_its_process_is_left_out_and_the_others_go_on(processes
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untrusted, "CHILD", "raise SystemExit('no such library')")
-    with pytest.raises(TwofourError, match=r"failed before or between plans \(exit code 1\): no such library"):
+    with pytest.raises(TwofourError, match=r"trying the libraries' plans failed before or between plans \(exit code 1\): no such library"):
         untrusted.try_plans([untrusted.Trial("conv", PROBLEM)])
 
 

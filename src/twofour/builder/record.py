@@ -139,14 +139,19 @@ def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequen
     return BuildRecord(model, gpu.name, lowered.batch, lowered.precision, tuple(layers), memory.peak_bytes, memory.bound_bytes)
 
 
+def is_sparse_way(name: str) -> bool:
+    """Return whether a candidate, by its name, leaves zeros out."""
+    return "2:4" in name or name.startswith("cusparselt")
+
+
 def why_winner(layer: LayerRecord) -> str:
     """Return in one phrase why a layer runs as it does: its gain from 2:4, or why there is none."""
     if layer.sparse:
-        dense = [us for name, us in layer.candidates.items() if name != layer.winner and "2:4" not in name and name != "cusparselt"]
+        dense = [us for name, us in layer.candidates.items() if not is_sparse_way(name)]
         return f"2:4, {min(dense) / layer.us:.2f}× the best dense" if dense and layer.us else "2:4"
     if layer.why_not_24:
         return layer.why_not_24
-    sparse = [us for name, us in layer.candidates.items() if "2:4" in name or name == "cusparselt"]
+    sparse = [us for name, us in layer.candidates.items() if is_sparse_way(name)]
     if layer.is_24 and sparse and layer.us:
         return f"2:4 is slower here: {min(sparse):.1f} µs against {layer.us:.1f}"
     return ""

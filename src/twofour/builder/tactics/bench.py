@@ -1,8 +1,7 @@
 """Times ways to compute one layer, launched as the engine launches them, on operands that come from memory."""
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from twofour.kernels.cudnn import Handle
 from twofour.kernels.launchable import Launchable, launchable
 from twofour.timing.gpu import Candidate, Figure, Stopwatch, sets_for
 
-log = logging.getLogger(__name__)
 BLOCK_ELEMS = 1 << 22  # random values are drawn once and repeated
 MOST_SETS = 6
 ROUNDS = 7
@@ -106,8 +104,6 @@ class Bench:
         if not ready:
             return found
         operands = _Operands(self, [ways[i] for i, _ in ready], [call for _, call in ready], weight_of)
-        for (i, _), way in zip(ready, operands.ways, strict=True):
-            found[i] = Timed(way, None)
         graphs, indices = [], []
         for number, (i, call) in enumerate(ready):
             try:
@@ -143,21 +139,8 @@ class _Operands:
         self._own: list[list[dict[str, Buffer]]] = []
         for way, call, prints in zip(ways, calls, touched, strict=True):
             self._own.append([self._own_set(bench, way, call, prints, weight_of) for _ in range(self.sets)])
-        for number, (way, call) in enumerate(zip(ways, calls, strict=True)):
-            if way.library == "cusparselt":
-                self.ways[number] = replace(way, algorithm=self._searched(number, call))
         most = max(call.workspace_bytes for call in calls)
         self._workspace = Buffer(most, zeroed=True)
-
-    def _searched(self, number: int, call: Launchable) -> int | None:
-        """Let cuSPARSELt look for its fastest algorithm; its number, or None, the default, where its search fails."""
-        row = self._rows(number)[0]
-        extra = {name: row[name] for name in ("bias", "residual") if name in row}
-        try:
-            return int(call.call.search(row["x"], row["weight"], row["d"], **extra))  # type: ignore[attr-defined]
-        except UnsupportedError as e:
-            log.info("%s", e)
-            return None
 
     def _rows(self, number: int) -> list[dict[str, int]]:
         """The addresses of way `number`'s operands in each set."""

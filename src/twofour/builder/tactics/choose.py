@@ -12,7 +12,7 @@ from typing import Any
 from twofour.builder.lower import LayerCall
 from twofour.builder.tactics.bench import Bench, Timed
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
-from twofour.builder.tactics.ways import LIBRARIES, Way, cudnn_trial, cudnn_ways, ways_of, weight_for
+from twofour.builder.tactics.ways import LIBRARIES, Way, trials_of, tried_ways, ways_of, weight_for
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.files import write_text
 from twofour.jit.cache import fill_cache
@@ -22,7 +22,7 @@ from twofour.kernels.launchable import kernel_source, sources_digests
 from twofour.kernels.records import to_plain
 
 log = logging.getLogger(__name__)
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 PACKAGES = ("nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")
 Progress = Callable[[int, int, str], None]
 
@@ -175,16 +175,15 @@ def choose_all(
     sms = num_sms(device)
     listed = {key: ways_of(call, sparsity=sparsity, libraries=libraries, sms=sms) for key, call in todo.items()}
     fill_cache(kernel_source(w.family, w.problem, w.config, sms) for ways, _ in listed.values() for w in ways if w.library == families.OURS)
-    trials, outcomes = _tried(todo, libraries, device, remembered)
+    tried = _tried(todo, sparsity, libraries, device, remembered)
     refused: dict[str, str] = {}
     for number, (key, call) in enumerate(todo.items()):
         if progress is not None:
             progress(number, len(todo), call.name)
         ways, left = listed[key]
-        if key in outcomes:
-            ways += cudnn_ways(trials[key], outcomes[key], left)
-        elif "cudnn" in libraries and isinstance(reason := cudnn_trial(call), str):
-            left["cudnn"] = reason
+        for trial, outcome in tried[key][0]:
+            ways += tried_ways(trial, outcome, left)
+        left |= tried[key][1]
         found = _fastest(bench, call, ways, left)
         if found is None:
             refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
@@ -201,22 +200,24 @@ def choose_all(
 
 
 def _tried(
-    todo: dict[str, LayerCall], libraries: Sequence[str], device: int, remembered: Remembered
-) -> tuple[dict[str, Trial], dict[str, Outcome]]:
-    """What came of trying cuDNN's plans in a process of their own, by the calls' keys; calls that differ in their weights share a trial."""
-    if "cudnn" not in libraries:
-        return {}, {}
-    trials = {key: trial for key, call in todo.items() if isinstance(trial := cudnn_trial(call), Trial)}
-    new = {name: trial for trial in trials.values() if (name := _trial_key(trial)) not in remembered.trials}
+    todo: dict[str, LayerCall], sparsity: str, libraries: Sequence[str], device: int, remembered: Remembered
+) -> dict[str, tuple[list[tuple[Trial, Outcome]], dict[str, str]]]:
+    """What came of trying what libraries offer in processes of their own, by the calls' keys, and why libraries are left out.
+
+    Calls that differ in their weights share a trial.
+    """
+    asked = {key: trials_of(call, sparsity=sparsity, libraries=libraries) for key, call in todo.items()}
+    new = {name: t for trials, _ in asked.values() for t in trials if (name := _trial_key(t)) not in remembered.trials}
+    failed = Outcome()
     try:
         remembered.trials |= dict(zip(new, try_plans(list(new.values()), device) if new else [], strict=True))
     except TwofourError as e:
-        return trials, {key: Outcome(reason=str(e)) for key in trials}
-    return trials, {key: remembered.trials[_trial_key(trial)] for key, trial in trials.items()}
+        failed = Outcome(reason=str(e))
+    return {key: ([(t, remembered.trials.get(_trial_key(t)) or failed) for t in trials], left) for key, (trials, left) in asked.items()}
 
 
 def _trial_key(trial: Trial) -> str:
-    text = json.dumps([trial.family, to_plain(trial.problem), trial.fused, trial.most], sort_keys=True)
+    text = json.dumps([trial.library, trial.family, to_plain(trial.problem), trial.fused, trial.most], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -1,7 +1,7 @@
-"""cuDNN's plans tried and roughly timed in processes of their own.
+"""What libraries offer without vouching for it, tried and roughly timed in processes of their own: cuDNN's plans, cuSPARSELt's search.
 
-The library lists plans that it does not vouch for; one was seen to end the CUDA context with an illegal instruction. A plan that ends its
-process, hangs or fails is left out, and the others go on in a fresh process. What comes back is safe to build here.
+Either was seen to end the CUDA context with an illegal instruction. A plan or search that ends its process, hangs or fails is left out,
+and the others go on in a fresh process. What comes back is safe to build here.
 
 Several processes share the trials, since making a plan takes a core up to a second; a lock on a file lets one at a time use the GPU for
 timing.
@@ -33,22 +33,32 @@ PATIENCE_S = 120.0  # without a word from the process
 LAUNCHES, SAMPLES = 5, 5
 MOST_PLANS = 12
 MOST_PROCESSES = 12  # each holds a CUDA context and one layer's operands
+DEFAULT, SEARCH = 0, 1  # what is tried of cuSPARSELt
 CHILD = "from twofour.builder.tactics.untrusted import main; main()"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem whose plans are to be tried: the first `most` of them; `fused` as in `kernels/conv/cudnn.py` (convolutions only)."""
+    """A problem whose plans by a library are to be tried: the first `most` of them; `fused` as in `kernels/conv/cudnn.py`.
+
+    Of cuSPARSELt, its default algorithm and the one that its search finds are tried.
+    """
 
     family: str
     problem: Any
     fused: bool = True
     most: int = MOST_PLANS
+    library: str = "cudnn"
 
 
 @dataclass
 class Outcome:
-    """Plan number -> microseconds a launch, rough and with warm caches; plan number -> why it is left out; why there is no plan at all."""
+    """What came of a trial.
+
+    Attributes:
+        times_us: algorithm -> microseconds a launch, rough and with warm caches; of cuSPARSELt -1 is its default.
+        left_out: number of the plan -> why it is left out. reason: why there is no plan at all.
+    """
 
     times_us: dict[int, float] = field(default_factory=dict)
     left_out: dict[int, str] = field(default_factory=dict)
@@ -85,7 +95,8 @@ def _in_turn(trials: Sequence[Trial], outcomes: Sequence[Outcome], device: int, 
             break
         trial, plan, how = stopped
         outcomes[trial].left_out[plan] = f"it ended its process ({how})"
-        logger.warning("cuDNN's plan %d of %s ended its process (%s) and is left out", plan, trials[trial].problem, how)
+        one = trials[trial]
+        logger.warning("%s's plan %d of %s ended its process (%s) and is left out", one.library, plan, one.problem, how)
         start = (trial, plan + 1)
 
 
@@ -97,7 +108,9 @@ def _one_process(
         "device": device,
         "lock": str(lock),
         "start": start,
-        "trials": [{"family": t.family, "problem": to_plain(t.problem), "fused": t.fused, "most": t.most} for t in trials],
+        "trials": [
+            {"family": t.family, "problem": to_plain(t.problem), "fused": t.fused, "most": t.most, "library": t.library} for t in trials
+        ],
     }
     current: tuple[int, int] | None = None
     command, environment = python(CHILD)
@@ -123,16 +136,16 @@ def _one_process(
             elif "begin" in answer:
                 current = (trial, answer["begin"])
             elif answer["error"]:
-                outcome.left_out[answer["plan"]] = answer["error"]
+                outcome.left_out[answer["plan"]], current = answer["error"], None
             else:
-                outcome.times_us[answer["plan"]] = answer["us"]
+                outcome.times_us[answer["plan"]], current = answer["us"], None
         code = process.wait()
         reader.join(timeout=5)
     if code == 0:
         return None
-    if current is None or current in [(t, p) for t, o in enumerate(outcomes) for p in o.times_us]:
+    if current is None:
         last = (said or ["no output"])[-1].strip()
-        raise TwofourError(f"trying cuDNN's plans failed before or between plans (exit code {code}): {last}")
+        raise TwofourError(f"trying the libraries' plans failed before or between plans (exit code {code}): {last}")
     return (*current, f"exit code {code}")
 
 
@@ -152,15 +165,16 @@ def _patient(process: "subprocess.Popen[str]") -> Iterator[str]:
 def main() -> None:
     """Read a request from standard input and answer line by line: the body of the process."""
     request = json.loads(sys.stdin.read())
-    from twofour.kernels.cudnn import Handle
-
     first_trial, first_plan = request["start"]
-    handle, lock = Handle(request["device"]), Path(request["lock"])
+    tryer = _Tryer(request["device"], Path(request["lock"]))
     for number, trial in enumerate(request["trials"]):
         if number >= first_trial:
             problem = read_problem(trial["family"], trial["problem"], "problem")
             begin = first_plan if number == first_trial else 0
-            _try(number, trial["family"], problem, trial["fused"], begin, trial["most"], handle, lock)
+            if trial["library"] == "cudnn":
+                tryer.cudnn(number, trial["family"], problem, trial["fused"], begin, trial["most"])
+            else:
+                tryer.cusparselt(number, problem, begin)
     _say({"done": True})
 
 
@@ -169,29 +183,82 @@ def _say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _try(number: int, family: str, problem: Any, fused: bool, begin: int, most: int, handle: Any, lock: Path) -> None:
-    from twofour.jit.driver import Buffer
-    from twofour.kernels.conv.cudnn import UNFUSED
-    from twofour.kernels.families import footprints
-    from twofour.kernels.launchable import launchable
+class _Tryer:
+    """Tries the plans of one problem after the other on a GPU."""
 
-    try:
-        count = _num_plans(family, problem, fused, handle)
-    except TwofourError as error:
-        _say({"trial": number, "reason": str(error)})
-        return
-    held = {name: Buffer(f.num_bytes, zeroed=True) for name, f in footprints(family, "cudnn", problem).items()}
-    addresses = {name: buffer.pointer for name, buffer in held.items()}
-    for plan in range(begin, min(count, most)):
-        _say({"trial": number, "begin": plan})
+    def __init__(self, device: int, lock: Path) -> None:
+        from twofour.jit.driver import use_device
+
+        use_device(device)
+        self._device, self._lock = device, lock
+        self._handle: Any = None
+
+    def cudnn(self, number: int, family: str, problem: Any, fused: bool, begin: int, most: int) -> None:
+        """Try the plans from `begin` on."""
+        from twofour.kernels.conv.cudnn import UNFUSED
+        from twofour.kernels.cudnn import Handle
+        from twofour.kernels.launchable import launchable
+
         try:
-            call = launchable(family, "cudnn", problem, None, plan | (0 if fused else UNFUSED), device=handle.device, handle=handle)
-            space = Buffer(call.workspace_bytes, zeroed=True)
-            with _alone(lock):
-                us = _rough_us(lambda call=call, space=space: call(addresses, space.pointer, 0))
-            _say({"trial": number, "plan": plan, "us": us, "error": ""})
+            self._handle = self._handle or Handle(self._device)
+            count = _num_plans(family, problem, fused, self._handle)
         except TwofourError as error:
-            _say({"trial": number, "plan": plan, "us": 0.0, "error": str(error)})
+            _say({"trial": number, "reason": str(error)})
+            return
+        addresses, alive = _operands(family, "cudnn", problem)
+        for plan in range(begin, min(count, most)):
+            algorithm = plan | (0 if fused else UNFUSED)
+            with _told(number, plan) as answer:
+                call = launchable(family, "cudnn", problem, None, algorithm, device=self._device, handle=self._handle)
+                answer["us"] = self._rough_us(call, addresses)
+        del alive
+
+    def cusparselt(self, number: int, problem: Any, begin: int) -> None:
+        """Try the default algorithm, then the one that the search finds, on a weight of zeros."""
+        from twofour.jit.driver import Buffer
+        from twofour.kernels.launchable import launchable
+
+        addresses, alive = _operands("gemm", "cusparselt", problem)
+        extra = {name: addresses[name] for name in ("bias", "residual") if name in addresses}
+        zeros = Buffer(2 * problem.weight_rows * problem.inputs, zeroed=True)
+        for plan in (DEFAULT, SEARCH)[begin:]:
+            with _told(number, plan) as answer:
+                made: Any = launchable("gemm", "cusparselt", problem)
+                weight = made.call.compress(zeros.pointer)
+                answer["plan"] = -1
+                if plan == SEARCH:
+                    with _alone(self._lock):
+                        answer["plan"] = made.call.search(addresses["x"], weight.pointer, addresses["d"], **extra)
+                answer["us"] = self._rough_us(made, addresses | {"weight": weight.pointer})
+        del alive
+
+    def _rough_us(self, call: Any, addresses: dict[str, int]) -> float:
+        from twofour.jit.driver import Buffer
+
+        space = Buffer(call.workspace_bytes, zeroed=True)
+        with _alone(self._lock):
+            return _rough_us(lambda: call(addresses, space.pointer, 0))
+
+
+def _operands(family: str, library: str, problem: Any) -> tuple[dict[str, int], Any]:
+    """Return zeroed operands: their addresses, and what keeps them alive."""
+    from twofour.jit.driver import Buffer
+    from twofour.kernels.families import footprints
+
+    held = {name: Buffer(f.num_bytes, zeroed=True) for name, f in footprints(family, library, problem).items()}
+    return {name: buffer.pointer for name, buffer in held.items()}, held
+
+
+@contextmanager
+def _told(number: int, plan: int) -> Iterator[dict[str, Any]]:
+    """Say that a plan begins, and then what the body puts into the answer, or the error that it raised."""
+    _say({"trial": number, "begin": plan})
+    answer: dict[str, Any] = {"trial": number, "plan": plan, "us": 0.0, "error": ""}
+    try:
+        yield answer
+    except TwofourError as error:
+        answer |= {"plan": plan, "error": str(error)}
+    _say(answer)
 
 
 @contextmanager

@@ -50,24 +50,22 @@ class Way:
             return f"{OURS} {form} {c.tile_rows}x{c.tile_tokens}x{c.stages}{' split' if c.split else ''}"
         if c is not None:
             return f"{OURS} {self.family} " + " ".join(str(value) for value in vars(c).values())
+        if self.library != "cudnn":
+            return self.library if self.algorithm is None else f"{self.library} {self.algorithm}"
         number = self.algorithm or 0
-        return f"{self.library} {number % UNFUSED}{', epilogue apart' if number >= UNFUSED else ''}"
+        return f"cudnn {number % UNFUSED}{', epilogue apart' if number >= UNFUSED else ''}"
 
 
 def ways_of(
     call: LayerCall, *, sparsity: str = "auto", libraries: Sequence[str] = LIBRARIES["all"], sms: int = 132
 ) -> tuple[list[Way], dict[str, str]]:
-    """Return the ways worth timing, and why others are left out, by library; cuDNN's plans apart, which `cudnn_trial` asks for.
+    """Return the ways worth timing, and why others are left out, by library; those that must be tried alone apart (`trials_of`).
 
     A sparse way is listed where the weight is 2:4 and `sparsity` is not `off`; a dense one always: an engine is never slower for its zeros.
     """
     found: list[Way] = []
     left: dict[str, str] = {}
-    product = None
-    if call.family == "gemm":
-        product = call.problem
-    elif call.family == "conv":
-        product = conv.as_gemm(call.problem)
+    product = _product_of(call)
     if product is not None:
         sparse = call.is_24 and sparsity != "off"
         if not sparse:
@@ -83,23 +81,48 @@ def ways_of(
     return found, left
 
 
-def cudnn_trial(call: LayerCall) -> Trial | str | None:
-    """Return the trial of cuDNN's plans for a call, why there is none, or None where cuDNN computes nothing of the kind."""
-    if call.family not in ("conv", "attention"):
-        return None
-    reason = families.why_not(call.family, "cudnn", call.problem, None)
-    if reason is not None:
-        return reason
-    return Trial(call.family, call.problem, fused=call.family != "conv" or is_fusible(call.problem), most=TRIED_CUDNN)
+def trials_of(
+    call: LayerCall, *, sparsity: str = "auto", libraries: Sequence[str] = LIBRARIES["all"]
+) -> tuple[list[Trial], dict[str, str]]:
+    """Return what libraries offer for a call without vouching for it, and why a library is left out, by its name."""
+    found: list[Trial] = []
+    left: dict[str, str] = {}
+    if "cudnn" in libraries and call.family in ("conv", "attention"):
+        reason = families.why_not(call.family, "cudnn", call.problem, None)
+        if reason is not None:
+            left["cudnn"] = reason
+        else:
+            fused = call.family != "conv" or is_fusible(call.problem)
+            found.append(Trial(call.family, call.problem, fused=fused, most=TRIED_CUDNN))
+    product = _product_of(call)
+    if "cusparselt" in libraries and product is not None and call.is_24 and sparsity != "off":
+        problem = replace(product, sparse=True)
+        reason = families.why_not("gemm", "cusparselt", problem, None)
+        if reason is not None:
+            left["cusparselt"] = reason
+        else:
+            found.append(Trial("gemm", problem, library="cusparselt"))
+    return found, left
 
 
-def cudnn_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
-    """Return the fastest of the plans that ran alone; why others are left out goes to `left`."""
+def tried_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
+    """Return the fastest of what ran alone; why others are left out goes to `left`."""
     if outcome.reason is not None:
-        left["cudnn"] = outcome.reason
+        left[trial.library] = outcome.reason
+    if trial.library == "cusparselt":
+        left |= {f"cusparselt's {'search' if plan else 'default'}": why for plan, why in outcome.left_out.items()}
+        return [Way("gemm", "cusparselt", trial.problem, None, None if best < 0 else best) for best in outcome.best(1)]
     first = 0 if trial.fused else UNFUSED
     left |= {f"cudnn {plan}": why for plan, why in outcome.left_out.items()}
     return [Way(trial.family, "cudnn", trial.problem, None, first + plan) for plan in outcome.best(MOST_CUDNN)]
+
+
+def _product_of(call: LayerCall) -> gemm.Problem | None:
+    """Return the matrix product that a call is, if it is one."""
+    if call.family == "gemm":
+        product: gemm.Problem = call.problem
+        return product
+    return conv.as_gemm(call.problem) if call.family == "conv" else None
 
 
 def _products(product: gemm.Problem, sparse: bool, libraries: Sequence[str], sms: int, left: dict[str, str]) -> list[Way]:
@@ -110,15 +133,12 @@ def _products(product: gemm.Problem, sparse: bool, libraries: Sequence[str], sms
         if OURS in libraries:
             count = SPARSE_CONFIGS if form else DENSE_CONFIGS
             found += [Way("gemm", OURS, problem, config) for config in gemm.candidates(problem, sms, count)]
-        library = "cusparselt" if form else "cublaslt"
-        if library in libraries:
-            reason = families.why_not("gemm", library, problem, None)
+        if not form and "cublaslt" in libraries:
+            reason = families.why_not("gemm", "cublaslt", problem, None)
             if reason is not None:
-                left[library] = reason
-            elif form:
-                found.append(Way("gemm", library, problem))
+                left["cublaslt"] = reason
             else:
-                found += [Way("gemm", library, problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
+                found += [Way("gemm", "cublaslt", problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
     return found
 
 
