@@ -1,4 +1,4 @@
-"""Every pruning method on real networks, one-shot and for two of them after a short retraining: the source of the tables in docs/methods.md.
+"""Every pruning method on real networks, one-shot and briefly retrained: the source of the tables in docs/methods.md.
 
     python evidence/methods.py FOLDER results/cpu/methods.json --jobs 16
     python evidence/methods.py FOLDER results/cpu/methods.json --jobs 16 --device cuda

@@ -21,7 +21,7 @@ SEEDS = 3
 SHEETS = 1
 METHODS = ("dense", "magnitude", "sparsegpt")
 NETWORKS = ("ResNet-20", "ResNet-56")
-RECIPE = Recipe(epochs=10, lr=0.02, batch=128, distill=0.5)
+RECIPE = Recipe(epochs=10, lr=0.01, batch=128, distill=0.9)
 VARIANT = {"dense": "dense + same training"}
 log = logging.getLogger("methods_retrained")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError
 from twofour.pruning import Sensitivity, prune, prune_within, reestimate_batchnorm, sensitivity
-from twofour.pruning.sensitivity import _fewest
+from twofour.pruning.sensitivity import LayerSensitivity, _fewest
 from twofour.report.sensitivity import plot_sensitivity
 
 
@@ -169,6 +169,17 @@ def test_what_cannot_be_met_is_refused_and_the_model_left() -> None:
     refused(r"the sensitivity is of other layers \(first: '3.weight'\), expected those to prune", exclude=["3"])
 
 
+def test_a_metric_that_is_not_finite_is_refused() -> None:
+    model = network()
+    before = digest(model)
+    with pytest.raises(InputError, match="sensitivity: accuracy of the dense network is nan, expected a finite number"):
+        sensitivity(model, EXAMPLE, lambda m: float("nan"))
+    values = iter([1.0, float("inf")])
+    with pytest.raises(InputError, match=r"accuracy with only '3.weight' pruned is inf, expected a finite number; .* or exclude the layer"):
+        sensitivity(model, EXAMPLE, lambda m: next(values))
+    assert digest(model) == before
+
+
 def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     measured = sensitivity(network(), EXAMPLE, error, **LOWER)
     plot_sensitivity(measured, tmp_path / "a.svg")
@@ -178,6 +189,13 @@ def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "a.svg").read_text()
     assert all(layer.name in text for layer in measured.layers)
+    assert "error added when only this layer is pruned (magnitude 2:4); dense" in text
+
+
+def test_small_losses_are_told_with_their_digits() -> None:
+    layer = LayerSensitivity("a.weight", (4, 4), None, 0.04728, 0.009169)
+    assert "loss 0.03811 dense" in str(Sensitivity("loss", "lower", 0.038112, "magnitude", "2:4", (layer,)))
+    assert "worst a.weight at 0.04728" in str(Sensitivity("loss", "lower", 0.038112, "magnitude", "2:4", (layer,)))
 
 
 # ---- the command

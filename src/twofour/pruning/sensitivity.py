@@ -1,6 +1,7 @@
 """How much each layer costs when only that layer is pruned, and how few layers must stay dense to keep a metric within a budget."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -63,8 +64,8 @@ class Sensitivity:
     def __str__(self) -> str:
         worst = self.ranked[0]
         return (
-            f"Sensitivity({self.method} {self.pattern}, {self.metric} {self.dense:.2f} dense: {len(self.layers)} layers one at a time, "
-            f"worst {worst.name} at {worst.value:.2f})"
+            f"Sensitivity({self.method} {self.pattern}, {self.metric} {self.dense:.4g} dense: {len(self.layers)} layers one at a time, "
+            f"worst {worst.name} at {worst.value:.4g})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def sensitivity(
         progress: called with what is done, how many, and of how many if known.
 
     Raises:
-        InputError: as of `prune`; `resume` holds something else.
+        InputError: as of `prune`; `resume` holds something else; the metric is not finite.
     """
     ready = prepare(model, example_inputs, method, False, pattern, include, exclude, calibration, progress)
     choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
@@ -137,7 +138,7 @@ def sensitivity(
     about = {"metric": metric, "direction": direction, "method": method, "pattern": str(ready.pattern)}
     state = digest_of([*model.state_dict().values()])
     done = _begun(Path(resume), about, state) if resume is not None else None
-    dense = done.dense if done is not None else evaluate(model)
+    dense = done.dense if done is not None else _finite(evaluate(model), metric, "of the dense network")
     known = {layer.name: layer for layer in done.layers} if done is not None else {}
     layers: list[LayerSensitivity] = []
     for record in ready.records:
@@ -146,7 +147,7 @@ def sensitivity(
         layer = known.get(record.name)
         if layer is None:
             with tried(model, {record.name: choices[record.name]}, batches, len(example_inputs)):
-                value = evaluate(model)
+                value = _finite(evaluate(model), metric, f"with only {record.name!r} pruned")
             layer = LayerSensitivity(record.name, record.shape, record.flops, value, (dense - value) * (1 if direction == "higher" else -1))
         layers.append(layer)
         result = Sensitivity(metric, direction, dense, method, str(ready.pattern), tuple(layers))
@@ -155,6 +156,17 @@ def sensitivity(
         if progress is not None:
             progress("layer pruned alone", len(layers), len(choices))
     return result
+
+
+def _finite(value: float, metric: str, when: str) -> float:
+    """Return `value`; one that is not finite could be neither ranked nor drawn.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise InputError(f"sensitivity: {metric} {when} is {value}, expected a finite number; check the evaluation, or exclude the layer")
+    return value
 
 
 def _begun(path: Path, about: dict[str, str], state: str) -> Sensitivity | None:

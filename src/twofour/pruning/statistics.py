@@ -34,7 +34,7 @@ class Statistics:
 
     Attributes:
         rows: number of rows.
-        squares: Σ x², `[columns]`, float64 (float32 on devices without it).
+        squares: Σ x², `[columns]`, float64.
         hessian: XᵀX, `[columns, columns]`, float64 up to 4,096 columns, else float32; None where only squares were asked for.
     """
 
