@@ -71,19 +71,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(batch: Any, layer: str) -> InputError:
     """Return the error for a batch that did not fit, naming the layer and a batch to try."""
-    tensor = next((t for t in _tensors(batch) if t.ndim), None)
+    tensor = next((t for t in tensors_in(batch) if t.ndim), None)
     items = tensor.shape[0] if tensor is not None else 1
     cure = f"use batches of {items // 2} or fewer" if items > 1 else "use shorter items, or the block-by-block way"
     at = f"layer {layer!r}" if layer else "the model"
     return InputError(f"calibration ran out of memory at {at} with batches of {items} items; {cure}")
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a batch, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
 def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected: str = "") -> InputError:

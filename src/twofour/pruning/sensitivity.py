@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from twofour.files import write_text
 from twofour.pattern import Pattern
 from twofour.pruning.apply import prepare, recorded, undone_on_failure, write
 from twofour.pruning.block_files import digest_of
-from twofour.pruning.calibration import STATISTICS, tracked_norms
+from twofour.pruning.calibration import STATISTICS, tensors_in, tracked_norms
 from twofour.pruning.decide import Report, decide
 from twofour.pruning.methods import Choice
 from twofour.pruning.record import LayerRecord, Pruning
@@ -136,7 +136,7 @@ def sensitivity(
     choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
     batches = None if ready.calibration is None else ready.calibration.batches
     about = {"metric": metric, "direction": direction, "method": method, "pattern": str(ready.pattern)}
-    state = digest_of([*model.state_dict().values()])
+    state = {"state": digest_of([*model.state_dict().values()]), "calibration": _calibration_digest(batches)}
     done = _begun(Path(resume), about, state) if resume is not None else None
     dense = done.dense if done is not None else _finite(evaluate(model), metric, "of the dense network")
     known = {layer.name: layer for layer in done.layers} if done is not None else {}
@@ -152,7 +152,7 @@ def sensitivity(
         layers.append(layer)
         result = Sensitivity(metric, direction, dense, method, str(ready.pattern), tuple(layers))
         if resume is not None:
-            write_text(resume, json.dumps({"schema": SCHEMA, "state": state, **result.to_json()}, indent=1) + "\n")
+            write_text(resume, json.dumps({"schema": SCHEMA, **state, **result.to_json()}, indent=1) + "\n")
         if progress is not None:
             progress("layer pruned alone", len(layers), len(choices))
     return result
@@ -169,7 +169,16 @@ def _finite(value: float, metric: str, when: str) -> float:
     return value
 
 
-def _begun(path: Path, about: dict[str, str], state: str) -> Sensitivity | None:
+def _calibration_digest(batches: Iterable[Any] | None) -> str | None:
+    """Return a digest of the first calibration batch and the number of batches where it is known; None without calibration."""
+    if batches is None:
+        return None
+    first = next(iter(batches), None)
+    count = len(batches) if isinstance(batches, Sized) else -1
+    return digest_of([*tensors_in(first), torch.tensor(count)])
+
+
+def _begun(path: Path, about: dict[str, str], state: dict[str, str | None]) -> Sensitivity | None:
     """Return the record in a file, None where there is no file.
 
     Raises:
@@ -180,14 +189,15 @@ def _begun(path: Path, about: dict[str, str], state: str) -> Sensitivity | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         found = Sensitivity.from_json(value)
-        same = value["state"] == state
+        differs = [name for name in state if value[name] != state[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"sensitivity file {str(path)!r} is damaged; delete it and measure again") from error
     for name, wanted in about.items():
         if getattr(found, name) != wanted:
             raise InputError(f"sensitivity file {str(path)!r} has {name} {getattr(found, name)!r}, expected {wanted!r}; name another file")
-    if not same:
-        raise InputError(f"sensitivity file {str(path)!r} is of other weights; delete it or name another file")
+    if differs:
+        other = "weights" if "state" in differs else "calibration data"
+        raise InputError(f"sensitivity file {str(path)!r} is of other {other}; delete it or name another file")
     return found
 
 
