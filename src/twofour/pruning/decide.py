@@ -138,7 +138,7 @@ def chosen(weight: Tensor, parts: list[Part], method: Method, pattern: Pattern, 
         return choose(weight, parts, method, pattern)
     except InputError as error:
         raise InputError(f"layer {name!r}: {error}") from error
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] - not in its stub
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"layer {name!r}: XᵀX cannot be decomposed ({reason}), expected finite inputs of like scale; check the data, or use 'wanda'"
