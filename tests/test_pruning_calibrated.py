@@ -247,6 +247,25 @@ def test_a_decomposition_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPa
     assert digest(model) == before
 
 
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_out_of_memory_in_a_layer_that_is_not_pruned_names_it_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    before = digest(model)
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    real = model[2].forward
+
+    def full(x: Tensor) -> Tensor:
+        if len(x) == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(x)
+
+    monkeypatch.setattr(model[2], "forward", full)
+    with pytest.raises(InputError, match="ran out of memory at layer '2' with batches of 48 items; use batches of 24 or fewer"):
+        prune(model, (images(),), method=method, calibration=[images(), images(48)], permute=False)
+    assert digest(model) == before
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
 def test_batch_norm_that_cannot_be_re_estimated_takes_the_update_back() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 6), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2)).eval()
     before = digest(model)

@@ -204,9 +204,11 @@ class Walk:
         parts: Mapping[str, list[Part]] = {name: [] for name in local}
         if self.method.is_calibrated and local:
             with collecting(working, local, self.method.has_hessian) as collector:
+                collector.prefix = f"{block.name}."
                 names = {local: name for name, local in block.weights.items()}
                 collector.wanted = {key: names[name] for key, name in collector.wanted.items()}
                 for number, batch in enumerate(self.batches, 1):
+                    collector.current = ""
                     self._run(index, working, batch, number, lambda: collector.current or block.name)
                     if self.progress is not None:
                         self.progress(f"{block.name}, calibration batch", number, len(self.batches))

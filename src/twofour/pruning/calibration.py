@@ -6,7 +6,7 @@ Source: Hubara et al. 2021, "Accurate Post Training Quantization With Small Cali
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,6 +99,19 @@ def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected
     return InputError(f"calibration: batch {number} of {shapes_of(batch)} cannot run{at}: {reason}{wanted}; check the data")
 
 
+def leaf_hooks(model: nn.Module, reached: Callable[[str], None], skip: Container[nn.Module] = ()) -> list[Any]:
+    """Have `reached` called with the name of every module without children just before it runs; return the hooks' handles.
+
+    Where memory ends or a shape does not fit is then known, in layers that are not pruned too.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: reached(name)
+
+    leaves = ((name, m) for name, m in model.named_modules() if name and not any(True for _ in m.children()) and m not in skip)
+    return [module.register_forward_pre_hook(hook(name)) for name, module in leaves]
+
+
 def run_batch(
     model: nn.Module,
     batch: Any,
@@ -145,6 +158,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
     device = device_of(model)
     kept = {norm: ({name: getattr(norm, name).clone() for name in STATISTICS}, norm.momentum) for norm in norms.values()}
     count = 0
+    reached: list[str] = []
+    handles = leaf_hooks(model, reached.append)
     try:
         with in_eval_mode(model), torch.no_grad():
             for norm in norms.values():
@@ -152,7 +167,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
                 norm.momentum = None
                 norm.train()
             for batch in batches:
-                run_batch(model, batch, num_inputs, device, count + 1)
+                reached.clear()
+                run_batch(model, batch, num_inputs, device, count + 1, where=lambda: reached[-1] if reached else "")
                 count += 1
         if not count:
             raise InputError("calibration holds no batch, expected at least one; pass a list or a DataLoader that is not used up")
@@ -169,6 +185,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
             ) from error
         raise
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, (_, momentum) in kept.items():
             norm.momentum = momentum
     return count
