@@ -265,6 +265,18 @@ def test_blocks_may_return_tuples() -> None:
         torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
+def test_blocks_may_change_the_width() -> None:
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(64, 16)
+    model.blocks = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(24, 8)])
+    model.head = nn.Linear(8, 4)
+    plain = copy.deepcopy(model)
+    record = prune_blocks(model, (x[:2],), [x])
+    by_whole_model(plain, [x], [[layer.name] for layer in record.pruned], "sparsegpt")
+    for name in record.masks:
+        torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
 def test_the_blocks_are_the_list_with_the_most_weights() -> None:
     model, _, example = made(llama)
     from twofour.pruning.apply import survey

@@ -1,7 +1,7 @@
 """What every block of a transformer is called with, recorded without running any block."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,10 @@ class Batch:
 
     hidden: Tensor
     others: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class _CalledAgain(BaseException):
+    """A block is called after the last one; its argument is the block's index. No Exception, as `_LastBlock`."""
 
 
 class _LastBlock(BaseException):
@@ -79,8 +83,18 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
         for number, batch in enumerate(batches, 1):
             # The first batch goes on behind the last block, where a block that is called once more would show.
             with _stand_ins(blocks, tuples, end=number > 1) as record:
-                with suppress(_LastBlock):
+                try:
                     run_batch(model, batch, num_inputs, device, number)
+                except _LastBlock:
+                    pass
+                except _CalledAgain as again:
+                    raise InputError(
+                        f"block {again.args[0]} of the model is called again after the last, expected a plain chain; use prune"
+                    ) from None
+                except InputError:
+                    # What the last block would have given may have another shape than what stands in for it.
+                    if len(record.others) < len(blocks):
+                        raise
                 if len(record.others) < len(blocks):
                     raise InputError("the model's blocks are not all called in a forward pass, expected a plain chain; use prune")
                 captured.append(record)
@@ -104,7 +118,7 @@ def _stand_ins(blocks: Sequence[nn.Module], tuples: list[bool], end: bool) -> It
             named = not args
             hidden = kwargs.pop(HIDDEN, None) if named else args[0]
             if len(record.others) == len(blocks):
-                raise InputError(f"block {index} of the model is called again after the last, expected a plain chain; use prune")
+                raise _CalledAgain(index)
             if index != len(record.others) or not isinstance(hidden, Tensor) or (index and hidden is not record.hidden):
                 raise InputError(
                     f"block {index} of the model is not called on what block {index - 1} gives, expected a plain chain; use prune"
