@@ -1,10 +1,12 @@
-"""Every pruning method on real networks, one-shot: accuracy, seconds and memory; the source of the tables in docs/methods.md.
+"""Every pruning method on real networks, one-shot and briefly retrained: the source of the tables in docs/methods.md.
 
-    python evidence/methods.py FOLDER results/cpu/methods.json
+    python evidence/methods.py FOLDER results/cpu/methods.json --jobs 16
+    python evidence/methods.py FOLDER results/cpu/methods.json --jobs 16 --device cuda
 
-FOLDER is that of evidence/accuracy_oneshot.py, with `minilm/` (all-MiniLM-L6-v2 as config.json, tokenizer and model.fp16.safetensors) and
-`stsb/` (STS-B English as csv: sentence, sentence, score) beside it. No training. Each pruning runs in a process of its own, so that its
-memory is its own; rows are written as they come, and a second run goes on where the first one ended.
+FOLDER is that of evidence/accuracy_oneshot.py (of the training images the first sheet is enough), with `minilm/` (all-MiniLM-L6-v2 as
+config.json, tokenizer and model.fp16.safetensors) and `stsb/` (STS-B English as csv: sentence, sentence, score) beside it. Each row is
+measured in a process of its own, so that its memory is its own and its failure costs no other row; rows are written as they come, and a
+second run goes on where the first one ended. `--device` is where evidence/methods_retrained.py trains; the rest runs on the CPU.
 """
 
 import argparse
@@ -13,16 +15,20 @@ import csv
 import datetime
 import hashlib
 import json
+import logging
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import methods_retrained
 import psutil
 import torch
 from accuracy_oneshot import CifarResNet, accuracy_percent, load, read
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 
 import twofour
 from twofour.errors import MissingExtraError
+from twofour.files import write_text
 from twofour.pruning import reestimate_batchnorm
 from twofour.pruning.methods import METHODS
 from twofour.sources.torchvision_compat import import_torchvision
@@ -39,6 +46,21 @@ NETWORKS = {"ResNet-20": "resnet20-12fca82f.th", "MiniLM-L6": "model.fp16.safete
 CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
 SEARCH_SECONDS = 20.0
 SENTENCES = 1024
+log = logging.getLogger("methods")
+
+
+class Key(NamedTuple):
+    """Which row: `seed` is that of a retraining, None one-shot; `method` is "dense" for the network as it is."""
+
+    net: str
+    method: str
+    permuted: bool = False
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Key":
+        """Return the key of a row."""
+        return cls(row["net"], row["method"] or "dense", row["permuted"], row["seed"])
 
 
 class Sampler:
@@ -119,16 +141,20 @@ def rows(folder: Path, split: str) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def measure(folder: Path, net: str, method: str, permuted: bool) -> list[dict[str, Any]]:
-    """Return one row, or two where there is batch-norm: as trained, and re-estimated."""
+def measure(folder: Path, key: Key, device: str) -> list[dict[str, Any]]:
+    """Return one row, or two where there is batch-norm and no retraining: as trained, and re-estimated."""
     torch.set_num_threads(1)
-    model, example, calibration, metric, options = (minilm if net == "MiniLM-L6" else resnet)(folder, net)
+    net, method, permuted, seed = key
+    if seed is not None:
+        calibration = (CALIBRATION_BATCHES, CALIBRATION_ITEMS)
+        return methods_retrained.retrain(folder, net, NETWORKS[net], method, seed, device, calibration)
+    model, example, batches, metric, options = (minilm if net == "MiniLM-L6" else resnet)(folder, net)
     texts = net == "MiniLM-L6"
     head = {"net": net, "data": "STS-B test" if texts else "CIFAR-10 test", "seed": None, "metric": "Spearman" if texts else "accuracy"}
     if method == "dense":
         return [{**head, "variant": "dense", "method": "", "permuted": False, "value": metric(model)}]
     permute: bool | float = SEARCH_SECONDS if permuted else False
-    given = calibration if METHODS[method].is_calibrated else None
+    given = batches if METHODS[method].is_calibrated else None
     with Sampler() as memory:
         start = time.process_time()
         record = twofour.prune(model, example, method=method, permute=permute, calibration=given, reestimate=False, **options)
@@ -138,7 +164,7 @@ def measure(folder: Path, net: str, method: str, permuted: bool) -> list[dict[st
     head |= {"pruning": str(record), "mean_output_error": round(sum(errors) / len(errors), 6) if errors else None}
     found = [{**head, "variant": "2:4 one-shot", "value": metric(model)}]
     if not texts:
-        reestimate_batchnorm(model, calibration)
+        reestimate_batchnorm(model, batches)
         found.append({**head, "variant": "2:4 one-shot, batch-norm re-estimated", "value": metric(model)})
     return found
 
@@ -151,28 +177,70 @@ def sources_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+def wanted(nets: list[str], permuted: bool, retrained: bool) -> list[Key]:
+    """Return the rows in the order of the file."""
+    keys = []
+    for net in nets:
+        keys += [Key(net, "dense"), *(Key(net, method, order) for order in (False, True)[: 1 + permuted] for method in METHODS)]
+        if retrained and net in methods_retrained.NETWORKS:
+            keys += [Key(net, m, seed=seed) for m in methods_retrained.METHODS for seed in range(methods_retrained.SEEDS)]
+    return keys
+
+
+def is_current(row: dict[str, Any], digest: str) -> bool:
+    """Whether a row was measured with the code and the recipe of today."""
+    return row.get("sources_digest") == digest and (row["seed"] is None or row["recipe"] == asdict(methods_retrained.RECIPE))
+
+
+def apart(measured: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
+    """Return what `measured` gives in a process of its own; if that process dies, no other one does."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measured, *arguments).result()
+
+
+def measure_all(
+    folder: Path, out: Path, keys: list[Key], *, jobs: int, device: str, measured: Callable[..., list[dict[str, Any]]] = measure
+) -> list[Key]:
+    """Measure the rows that the file lacks, write it after each, and return those that failed."""
+    digest = sources_digest()
+    done = [row for row in (json.loads(out.read_text())["rows"] if out.is_file() else []) if is_current(row, digest)]
+    known = {Key.of(row) for row in done}
+    left = [key for key in keys if key not in known]
+    place = {key: k for k, key in enumerate(wanted(list(NETWORKS), True, True))}
+    # The deepest network first, and of it the retrainings: the longest rows should not be the last to begin.
+    left.sort(key=lambda key: (key.net != "ResNet-56", key.net != "MiniLM-L6", key.seed is None))
+    failed = []
+    with ThreadPoolExecutor(jobs) as threads:
+        futures = {threads.submit(apart, measured, folder, key, device): key for key in left}
+        for count, future in enumerate(as_completed(futures), 1):
+            try:
+                done += [row | {"sources_digest": digest} for row in future.result()]
+            # Whatever a row meets, the others are worth having.
+            except Exception:
+                log.exception("%s failed", futures[future])
+                failed.append(futures[future])
+                continue
+            done.sort(key=lambda row: place.get(Key.of(row), len(place)))
+            write(out, done)
+            log.info("%d of %d: %s", count, len(left), futures[future])
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--nets", default=",".join(NETWORKS))
     parser.add_argument("--jobs", type=int, default=1, help="rows measured at once, one thread each")
+    parser.add_argument("--device", default="cpu", help="where the retrained rows are trained: cpu or cuda")
     parser.add_argument("--no-permuted", action="store_true", help="leave the rows with reordered channels out")
+    parser.add_argument("--no-retrained", action="store_true", help="leave the rows with retraining out")
     arguments = parser.parse_args()
-    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"rows": []}
-    digest = sources_digest()
-    done = [row for row in result["rows"] if row.get("sources_digest") == digest]
-    wanted = [("dense", False), *((m, False) for m in METHODS), *(() if arguments.no_permuted else ((m, True) for m in METHODS))]
-    nets = arguments.nets.split(",")
-    keys = {(row["net"], row["method"] or "dense", row["permuted"]) for row in done}
-    left = [(net, method, permuted) for net in nets for method, permuted in wanted if (net, method, permuted) not in keys]
-    place = {key: k for k, key in enumerate((net, method, permuted) for net in NETWORKS for method, permuted in wanted)}
-    # A process for each row, so that the memory of one is not another's.
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(measure, arguments.folder, *key) for key in left]):
-            done += [row | {"sources_digest": digest} for row in future.result()]
-            done.sort(key=lambda row: place.get((row["net"], row["method"] or "dense", row["permuted"]), len(place)))
-            write(arguments.out, done)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keys = wanted(arguments.nets.split(","), not arguments.no_permuted, not arguments.no_retrained)
+    failed = measure_all(arguments.folder, arguments.out, keys, jobs=arguments.jobs, device=arguments.device)
+    if failed:
+        sys.exit(f"{len(failed)} rows failed: {', '.join(map(str, failed))}; the same command tries them again")
 
 
 def write(out: Path, done: list[dict[str, Any]]) -> None:
@@ -193,7 +261,7 @@ def write(out: Path, done: list[dict[str, Any]]) -> None:
         "rows": done,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,15 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class Looped(Chain):
+    """Goes through its blocks twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return self.head(x)
+
+
 def test_blocks_that_are_no_plain_chain_are_refused() -> None:
     x = torch.randn(64, 16)
 
@@ -195,6 +204,16 @@ def test_blocks_that_are_no_plain_chain_are_refused() -> None:
         assert not any("forward" in vars(module) for module in model.modules())
 
     refused(Chain(torch.relu), "block 1 of the model is not called on what block 0 gives, expected a plain chain; use prune")
+    refused(Looped(), "block 0 of the model is called again after the last, expected a plain chain; use prune")
+    shared = Chain()
+    shared.blocks[2].weight = shared.blocks[0].weight
+    refused(shared, "weight 'blocks.0.weight' belongs to 'blocks.0' and 'blocks.2', expected blocks of their own; use prune")
+    late = r"calibration: batch 2 of float32\[64, 8\] cannot run \(at layer 'blocks.0'\): mat1 and mat2"
+    refused(Chain(), late, data=(x, x[:, :8]), method="magnitude")
+    refused(Chain(), "device 'gpu' cannot be used .*, expected cpu, cuda or cuda:N", device="gpu")
+    refused(Chain(), "device 'cuda:99' cannot be used .*, expected cpu, cuda or cuda:N", device="cuda:99")
+    with pytest.raises(InputError, match="prune_blocks: calibration is None, expected batches"):
+        prune_blocks(Chain(), (x[:2],), None, method="magnitude")  # type: ignore[arg-type]
     refused(Chain(used=2), "the model's blocks are not all called in a forward pass, expected a plain chain; use prune")
     refused(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), "the model has no list of like blocks with weights to prune")
     refused(Chain(), "blocks 'blokcs' is no module list of the model, expected one of .*'blocks'", blocks="blokcs")
@@ -239,6 +258,18 @@ def test_blocks_may_return_tuples() -> None:
 
     torch.manual_seed(0)
     model, x = Pairs(), torch.randn(64, 16)
+    plain = copy.deepcopy(model)
+    record = prune_blocks(model, (x[:2],), [x])
+    by_whole_model(plain, [x], [[layer.name] for layer in record.pruned], "sparsegpt")
+    for name in record.masks:
+        torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_may_change_the_width() -> None:
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(64, 16)
+    model.blocks = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(24, 8)])
+    model.head = nn.Linear(8, 4)
     plain = copy.deepcopy(model)
     record = prune_blocks(model, (x[:2],), [x])
     by_whole_model(plain, [x], [[layer.name] for layer in record.pruned], "sparsegpt")

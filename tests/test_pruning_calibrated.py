@@ -163,6 +163,12 @@ def test_a_method_that_looks_at_data_asks_for_it() -> None:
     refused(small(), "method '(wanda|sparsegpt)' looks at data, expected calibration batches; give calibration=, or use 'magnitude'")
 
 
+def test_calibration_that_is_no_series_of_batches() -> None:
+    refused(small(), "calibration is of int, expected batches to go through; give a list of batches", calibration=3)
+    refused(small(), r"calibration is of dict, .*; give a list of batches, \[batch\] for one", calibration={"x": images()})
+    refused(small(), "calibration is of str, expected batches", calibration="text")
+
+
 def test_no_batch() -> None:
     refused(small(), "calibration holds no batch, expected at least one", calibration=[])
     refused(small(), "calibration holds no batch, expected at least one", calibration=iter(()), permute=0.1)
@@ -226,6 +232,38 @@ def test_out_of_memory_names_the_layer_and_suggests_a_batch(error: Exception, mo
     monkeypatch.setattr("twofour.pruning.decide.choose", lambda *a: (_ for _ in ()).throw(error))
     with pytest.raises(InputError, match=r"no memory to choose what layer '3.weight' keeps \(72 inputs\); use method 'wanda'"):
         prune(model, (images(),), method="sparsegpt", calibration=batches(), permute=False)
+
+
+def test_a_decomposition_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Tensor:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge.")
+
+    monkeypatch.setattr("torch.linalg.eigh", fails)
+    model = small()
+    before = digest(model)
+    message = r"layer '3.weight': XᵀX cannot be decomposed \(linalg.eigh: The algorithm failed to converge.\), expected finite inputs"
+    with pytest.raises(InputError, match=message):
+        prune(model, (images(),), method="alps", calibration=batches(), permute=False)
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_out_of_memory_in_a_layer_that_is_not_pruned_names_it_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    before = digest(model)
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    real = model[2].forward
+
+    def full(x: Tensor) -> Tensor:
+        if len(x) == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(x)
+
+    monkeypatch.setattr(model[2], "forward", full)
+    with pytest.raises(InputError, match="ran out of memory at layer '2' with batches of 48 items; use batches of 24 or fewer"):
+        prune(model, (images(),), method=method, calibration=[images(), images(48)], permute=False)
+    assert digest(model) == before
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
 
 
 def test_batch_norm_that_cannot_be_re_estimated_takes_the_update_back() -> None:

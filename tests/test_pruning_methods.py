@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError
 from twofour.pattern import Pattern, count_groups
+from twofour.pruning import prune
 from twofour.pruning.methods import METHODS
 from twofour.pruning.methods.alps import solve_on
-from twofour.pruning.methods.hessian import DAMPING, damped, inverse_factor, output_errors
+from twofour.pruning.methods.hessian import damped, inverse_factor, output_errors
 from twofour.pruning.methods.method import Choice, choose
 from twofour.pruning.statistics import Part, Statistics, flatten, gather, unflatten
 
@@ -109,7 +110,7 @@ def obs_by_inverses(weight: np.ndarray, hessian: np.ndarray, n: int, m: int) -> 
 def test_sparsegpt_is_the_brain_surgeon_of_the_columns_still_to_come(pattern: str, columns: int) -> None:
     weight, x = problem(out=6, columns=columns, rows=2 * columns)
     hessian = (x.T @ x).numpy()
-    hessian += np.eye(columns) * DAMPING * hessian.diagonal().mean()
+    hessian += np.eye(columns) * 0.01 * hessian.diagonal().mean()
     parsed = Pattern.parse(pattern)
     expected, mask = obs_by_inverses(weight.numpy(), hessian, parsed.n, parsed.m)
     choice = decided("sparsegpt", weight, x, pattern)
@@ -145,8 +146,8 @@ def alternating(weight: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(3))
 def test_alps_is_the_alternating_iteration_and_then_least_squares(seed: int) -> None:
     weight, x = problem(seed=seed)
-    statistics = statistics_of(x)
-    hessian = damped(statistics).numpy()
+    hessian = (x.T @ x).numpy()
+    hessian += np.eye(len(hessian)) * 0.01 * hessian.diagonal().mean()
     choice = decided("alps", weight, x)
     assert choice.weight is not None
     assert np.array_equal(choice.mask.numpy(), alternating(weight.numpy(), hessian))
@@ -289,6 +290,40 @@ def test_a_convolution_is_pruned_along_its_channels_at_each_kernel_position() ->
         mask = choose(weight, [Part(0, 8, statistics_of(x))], METHODS[name], Pattern()).mask
         assert count_groups(mask.numpy()).is_24
         assert float(mask.float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_a_convolution_is_chosen_by_what_each_kernel_position_sees(name: str) -> None:
+    """The whole way through `prune`, against the inputs cut out pixel by pixel; stride, padding and dilation are not alike on both axes."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+    model = nn.Sequential(first, second, nn.Flatten(), nn.LazyLinear(3)).double()
+    x = torch.randn(6, 3, 9, 9, dtype=torch.float64)
+    model(x)
+    weight = second.weight.detach().clone().numpy()
+    seen = np.pad(first(x).detach().numpy(), ((0, 0), (0, 0), (1, 1), (0, 0)))
+    height, width = second(first(x)).shape[2:]
+    # Columns: kernel row, kernel column, channel, the last fastest.
+    rows = np.array(
+        [
+            [item[c, 2 * i + a, j + 2 * b] for a in range(3) for b in range(2) for c in range(8)]
+            for item in seen
+            for i in range(height)
+            for j in range(width)
+        ]
+    )
+    matrix = np.array([[w[c, a, b] for a in range(3) for b in range(2) for c in range(8)] for w in weight])
+    hessian = rows.T @ rows
+    if name == "wanda":
+        mask = largest(np.abs(matrix) * np.sqrt(hessian.diagonal()))
+        expected = matrix * mask
+    else:
+        expected, mask = obs_by_inverses(matrix, hessian + np.eye(48) * 0.01 * hessian.diagonal().mean(), 2, 4)
+    record = prune(model, (x[:2],), method=name, calibration=[x[:4], x[4:]], permute=False)
+    kept, values = record.masks["1.weight"].numpy(), second.weight.detach().numpy()
+    for column, (a, b, c) in enumerate(itertools.product(range(3), range(2), range(8))):
+        assert np.array_equal(kept[:, c, a, b], mask[:, column]), (a, b, c)
+        np.testing.assert_allclose(values[:, c, a, b], expected[:, column], rtol=0, atol=1e5 * 48 * 2.0**-53 * np.abs(matrix).max())
 
 
 def test_attention_projections_see_query_key_value_and_the_mixed_values() -> None:

@@ -143,7 +143,7 @@ def test_unusable_calibration_is_refused_and_undone() -> None:
     refused(small(), r"calibration: the statistics of '1' are not finite", calibration=[images(), images() * float("nan")])
     one_pixel = nn.Sequential(nn.Conv2d(3, 8, 6), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
     refused(one_pixel, "calibration: batch 0 has one value a channel, expected several", calibration=[images(1)])
-    wrong = r"calibration: batch 2 of float32\[2, 5, 6, 6\] cannot run: Given groups=1, .* expected input.* to have 3 channels.*; check"
+    wrong = r"calibration: batch 2 of float32\[2, 5, 6, 6\] cannot run \(at layer '0'\): Given groups=1, .* to have 3 channels.*; check"
     refused(small(), wrong, calibration=[images(), torch.ones(2, 5, 6, 6)])
 
 

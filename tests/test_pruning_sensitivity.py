@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError
 from twofour.pruning import Sensitivity, prune, prune_within, reestimate_batchnorm, sensitivity
-from twofour.pruning.sensitivity import _fewest
+from twofour.pruning.sensitivity import LayerSensitivity, _fewest
 from twofour.report.sensitivity import plot_sensitivity
 
 
@@ -102,10 +102,13 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     refused("has method 'magnitude', expected 'wanda'; name another file", method="wanda", calibration=BATCHES)
     refused("has metric 'error', expected 'loss'", metric="loss")
+    refused("is of other calibration data; delete it or name another file", calibration=BATCHES[:2])
+    refused("is of other calibration data", calibration=BATCHES[::-1])
+    refused("is of other calibration data")
     other = copy.deepcopy(model)
     with torch.no_grad():
         other[3].weight.add_(1)
-    refused("is of other weights; delete it or name another file", model=other)
+    refused("is of other weights; delete it or name another file", model=other, calibration=BATCHES)
     path.write_text('{"layers": []}')
     refused("is damaged; delete it and measure again")
 
@@ -169,6 +172,17 @@ def test_what_cannot_be_met_is_refused_and_the_model_left() -> None:
     refused(r"the sensitivity is of other layers \(first: '3.weight'\), expected those to prune", exclude=["3"])
 
 
+def test_a_metric_that_is_not_finite_is_refused() -> None:
+    model = network()
+    before = digest(model)
+    with pytest.raises(InputError, match="sensitivity: accuracy of the dense network is nan, expected a finite number"):
+        sensitivity(model, EXAMPLE, lambda m: float("nan"))
+    values = iter([1.0, float("inf")])
+    with pytest.raises(InputError, match=r"accuracy with only '3.weight' pruned is inf, expected a finite number; .* or exclude the layer"):
+        sensitivity(model, EXAMPLE, lambda m: next(values))
+    assert digest(model) == before
+
+
 def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     measured = sensitivity(network(), EXAMPLE, error, **LOWER)
     plot_sensitivity(measured, tmp_path / "a.svg")
@@ -178,6 +192,13 @@ def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "a.svg").read_text()
     assert all(layer.name in text for layer in measured.layers)
+    assert "error added when only this layer is pruned (magnitude 2:4); dense" in text
+
+
+def test_small_losses_are_told_with_their_digits() -> None:
+    layer = LayerSensitivity("a.weight", (4, 4), None, 0.04728, 0.009169)
+    assert "loss 0.03811 dense" in str(Sensitivity("loss", "lower", 0.038112, "magnitude", "2:4", (layer,)))
+    assert "worst a.weight at 0.04728" in str(Sensitivity("loss", "lower", 0.038112, "magnitude", "2:4", (layer,)))
 
 
 # ---- the command
@@ -228,6 +249,49 @@ def test_the_command_takes_every_method(run: Any) -> None:
     assert "outside the blocks" not in out
     assert len(list(Path("blocks").glob("block-*.safetensors"))) == 3
     assert re.search(r"accuracy: dense [\d.]+, one-shot 2:4 [\d.]+, with batch-norm re-estimated [\d.]+", out)
+
+
+def test_the_command_says_what_dense_layers_cost_in_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twofour.errors import UnsupportedError
+    from twofour.report.budget import BudgetTime
+
+    asked = ("--keep-dense", "auto", "--budget", "0.5", "--no-permute", "--out", "p.safetensors")
+    values = iter([90.0, *(89.0 - 0.1 * i for i in range(8)), 80.0, *[89.9] * 9])
+    monkeypatch.setattr("twofour.cli.prune_model.evaluate", lambda *_: next(values))
+
+    def absent(*_: object, **__: object) -> None:
+        raise UnsupportedError("build: none can be used here")
+
+    monkeypatch.setattr("twofour.cli.prune_model.time_of_budget", absent)
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert "time: not measured, as no plan can be built here: build: none can be used here" in " ".join(out.split())
+    values = iter([80.0, *[89.9] * 9])
+    monkeypatch.setattr("twofour.cli.prune_model.time_of_budget", lambda *_, **__: BudgetTime("H100", 32, "fp16", 1200.0, 1000.0))
+    code, out, _ = run(*asked)
+    assert "time: 1.200 ms instead of 1.000 ms with none of them dense (+20.0 %; H100, batch 32, fp16" in " ".join(out.split())
+
+
+def test_the_command_looks_at_as_much_data_as_asked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    real = prune
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append([len(batch) for batch in options["calibration"]])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("twofour.cli.prune_model.prune", spy)
+    run("--method", "wanda", "--no-permute", "--calibration", "96", "--batch", "32", "--out", "p.safetensors")
+    run("--method", "wanda", "--no-permute", "--calibration", "40", "--out", "p.safetensors")
+    run("--method", "wanda", "--no-permute", "--calibration", "100", "--batch", "64", "--out", "p.safetensors")
+    assert seen == [[32, 32, 32], [40], [50, 50]]
+    code, _, err = run("--method", "wanda", "--no-permute", "--calibration", "4", "--out", "q.safetensors")
+    assert code == 2
+    assert "rows (tokens or pixels), expected 32 or more; give more batches" in err
+    assert not Path("q.safetensors").exists()
+    code, _, err = run("--device", "cuda:99", "--out", "q.safetensors")
+    assert code == 2
+    assert "device 'cuda:99' is not here" in err
 
 
 @pytest.mark.parametrize(

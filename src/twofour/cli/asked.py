@@ -21,6 +21,9 @@ class Asked:
     budget: float | None
     by_block: bool
     resume: Path | None
+    calibration: int = 2048
+    batch: int = 256
+    device: str = "cpu"
 
     def refuse_contradictions(self) -> None:
         """Raise InputError for options that need or exclude each other."""

@@ -25,6 +25,13 @@ from twofour.cli.asked import Asked
 @click.option("--keep-dense", type=click.Choice(["auto"]), help="Leave the costliest layers dense until --budget is met.")
 @click.option("--budget", type=click.FloatRange(0), help="How much of the metric may be lost, in its unit, for --keep-dense auto.")
 @click.option("--by-block", is_flag=True, help="Prune a transformer one block at a time, each on what the pruned ones before it give.")
+@click.option(
+    "--calibration", type=click.IntRange(1), default=2048, show_default=True, help="Training items that methods and batch-norm look at."
+)
+@click.option("--batch", type=click.IntRange(1), default=256, show_default=True, help="How many of them at once.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where to prune: cpu, cuda or cuda:N; with --by-block, one block at a time."
+)
 @click.option("--resume", type=options.PATH, help="Folder that keeps finished blocks, for --by-block.")
 def command(what: str, data: str | None, weights: Path | None, out: Path, **how: Any) -> None:
     """Prune weights to 2:4; no retraining.

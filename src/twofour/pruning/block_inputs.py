@@ -28,6 +28,10 @@ class Batch:
     others: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
+class _CalledAgain(BaseException):
+    """A block is called after the last one; its argument is the block's index. No Exception, as `_LastBlock`."""
+
+
 class _LastBlock(BaseException):
     """Ends a forward pass at the last block: what comes after it is not needed. No Exception, so that no model catches it."""
 
@@ -77,21 +81,34 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     tuples: list[bool] = []
     with in_eval_mode(model), torch.no_grad(), _without_cache(model):
         for number, batch in enumerate(batches, 1):
-            with _stand_ins(blocks, tuples) as record:
+            # The first batch goes on behind the last block, where a block that is called once more would show.
+            with _stand_ins(blocks, tuples, end=number > 1) as record:
                 try:
                     run_batch(model, batch, num_inputs, device, number)
                 except _LastBlock:
-                    captured.append(record)
-                else:
+                    pass
+                except _CalledAgain as again:
+                    raise InputError(
+                        f"block {again.args[0]} of the model is called again after the last, expected a plain chain; use prune"
+                    ) from None
+                except InputError:
+                    # What the last block would have given may have another shape than what stands in for it.
+                    if len(record.others) < len(blocks):
+                        raise
+                if len(record.others) < len(blocks):
                     raise InputError("the model's blocks are not all called in a forward pass, expected a plain chain; use prune")
+                captured.append(record)
     if not captured:
         raise InputError("calibration holds no batch, expected at least one; pass a list or a DataLoader that is not used up")
     return captured
 
 
 @contextmanager
-def _stand_ins(blocks: Sequence[nn.Module], tuples: list[bool]) -> Iterator[Batch]:
-    """Put recording functions in the blocks' places. `tuples` remembers whether a block returns a tuple, found by running the first."""
+def _stand_ins(blocks: Sequence[nn.Module], tuples: list[bool], end: bool) -> Iterator[Batch]:
+    """Put recording functions in the blocks' places, with `end` the last one ends the pass.
+
+    `tuples` remembers whether a block returns a tuple, found by running the first.
+    """
     record = Batch(torch.empty(0))
     kept = [vars(block).get("forward") for block in blocks]
     real = blocks[0].forward
@@ -100,6 +117,8 @@ def _stand_ins(blocks: Sequence[nn.Module], tuples: list[bool]) -> Iterator[Batc
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = not args
             hidden = kwargs.pop(HIDDEN, None) if named else args[0]
+            if len(record.others) == len(blocks):
+                raise _CalledAgain(index)
             if index != len(record.others) or not isinstance(hidden, Tensor) or (index and hidden is not record.hidden):
                 raise InputError(
                     f"block {index} of the model is not called on what block {index - 1} gives, expected a plain chain; use prune"
@@ -108,7 +127,7 @@ def _stand_ins(blocks: Sequence[nn.Module], tuples: list[bool]) -> Iterator[Batc
             record.others.append((args[1:], kwargs))
             if not tuples:
                 tuples.append(isinstance(real(hidden, *args[1:], **kwargs), tuple))
-            if index + 1 == len(blocks):
+            if end and index + 1 == len(blocks):
                 raise _LastBlock
             return (hidden, None) if tuples[0] else hidden
 

@@ -7,7 +7,7 @@ Source: the order of Frantar and Alistarh 2023, arXiv 2301.00774, section 4.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,12 @@ def prune_blocks(
     """
     how = find_method(method, METHODS)
     require_calibration(method, how, calibration)
+    if calibration is None:
+        raise InputError("prune_blocks: calibration is None, expected batches: blocks are found by running the model; or use prune")
     parsed = Pattern.parse(pattern)
     records, notes = survey(model, example_inputs, pattern=parsed, include=include, exclude=exclude)
     found = find_blocks(model, records, blocks)
+    refuse_shared(model, found)
     inside = {name for block in found for name in block.weights}
     records = [r if r.name in inside or not r.eligible else replace(r, eligible=False, reason="outside the blocks") for r in records]
     parameters = dict(model.named_parameters())
@@ -84,7 +87,7 @@ def prune_blocks(
     batches = capture_inputs(model, [block.module for block in found], calibration, len(example_inputs))
     options = {"method": method, "pattern": str(parsed), "weights": sorted(inside)}
     journal = Journal(resume, options, batches) if resume is not None else None
-    walk = Walk(how, parsed, torch.device(device) if device is not None else device_of(model), batches, journal, progress)
+    walk = Walk(how, parsed, usable(device) if device is not None else device_of(model), batches, journal, progress)
     choices: dict[str, Choice] = {}
     for index, block in enumerate(found):
         choices |= walk.step(index, block, last=index + 1 == len(found))
@@ -97,6 +100,33 @@ def prune_blocks(
             write_choice(parameters[name], choice)
     masks = {name: choice.mask.to(parameters[name].device) for name, choice in choices.items()}
     return Pruning(method, tuple(layers), masks, tuple(notes), str(parsed), carried_digest(model))
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """Return the device.
+
+    Raises:
+        InputError: torch does not know it, or it is not here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    # torch raises AssertionError where it was made without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"prune_blocks: device {str(device)!r} cannot be used ({reason}), expected cpu, cuda or cuda:N") from error
+    return place
+
+
+def refuse_shared(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Raise InputError for a weight to prune that several blocks hold: it would be chosen by what only one of them sees."""
+    holder: dict[int, str] = {}
+    for block in blocks:
+        for parameter in {id(p) for p in block.module.parameters()}:
+            first = holder.setdefault(parameter, block.name)
+            names = [name for other in blocks for name in other.weights if id(model.get_parameter(name)) == parameter]
+            if first != block.name and names:
+                raise InputError(f"weight {names[0]!r} belongs to {first!r} and {block.name!r}, expected blocks of their own; use prune")
 
 
 def write_choice(weight: Tensor, choice: Choice) -> None:
@@ -162,7 +192,7 @@ class Walk:
             if known is None and self.journal is not None:
                 self.journal.write(index, block, choices)
             if not last:
-                self._advance(index, working)
+                self._advance(index, working, block.name)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, TwofourError) or not is_out_of_memory(error):
                 raise
@@ -174,14 +204,12 @@ class Walk:
         parts: Mapping[str, list[Part]] = {name: [] for name in local}
         if self.method.is_calibrated and local:
             with collecting(working, local, self.method.has_hessian) as collector:
+                collector.prefix = f"{block.name}."
                 names = {local: name for name, local in block.weights.items()}
                 collector.wanted = {key: names[name] for key, name in collector.wanted.items()}
                 for number, batch in enumerate(self.batches, 1):
-                    try:
-                        run_block(working, index, batch, self.device)
-                    # A block raises whatever its own code meets on activations it was not made for.
-                    except Exception as error:
-                        raise refusal(error, batch.hidden, number, collector.current or block.name) from error
+                    collector.current = ""
+                    self._run(index, working, batch, number, lambda: collector.current or block.name)
                     if self.progress is not None:
                         self.progress(f"{block.name}, calibration batch", number, len(self.batches))
             refuse_unreached(collector)
@@ -194,8 +222,15 @@ class Walk:
             choices[name] = replace(choice, mask=choice.mask.cpu(), weight=weight)
         return choices
 
-    def _advance(self, index: int, working: nn.Module) -> None:
+    def _advance(self, index: int, working: nn.Module, name: str) -> None:
         with torch.no_grad():
             working.eval()
-            for batch in self.batches:
-                batch.hidden = run_block(working, index, batch, self.device).to(batch.hidden.device)
+            for number, batch in enumerate(self.batches, 1):
+                batch.hidden = self._run(index, working, batch, number, lambda: name).to(batch.hidden.device)
+
+    def _run(self, index: int, working: nn.Module, batch: Batch, number: int, where: Callable[[], str]) -> Tensor:
+        try:
+            return run_block(working, index, batch, self.device)
+        # A block raises whatever its own code meets on activations it was not made for.
+        except Exception as error:
+            raise refusal(error, batch.hidden, number, where()) from error

@@ -6,7 +6,7 @@ Source: Hubara et al. 2021, "Accurate Post Training Quantization With Small Cali
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,19 +71,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(batch: Any, layer: str) -> InputError:
     """Return the error for a batch that did not fit, naming the layer and a batch to try."""
-    tensor = next((t for t in _tensors(batch) if t.ndim), None)
+    tensor = next((t for t in tensors_in(batch) if t.ndim), None)
     items = tensor.shape[0] if tensor is not None else 1
     cure = f"use batches of {items // 2} or fewer" if items > 1 else "use shorter items, or the block-by-block way"
     at = f"layer {layer!r}" if layer else "the model"
     return InputError(f"calibration ran out of memory at {at} with batches of {items} items; {cure}")
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a batch, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
 def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected: str = "") -> InputError:
@@ -96,6 +97,19 @@ def refusal(error: Exception, batch: Any, number: int, layer: str = "", expected
     at = f" (at layer {layer!r})" if layer else ""
     wanted = f", expected inputs such as {expected}" if expected else ""
     return InputError(f"calibration: batch {number} of {shapes_of(batch)} cannot run{at}: {reason}{wanted}; check the data")
+
+
+def leaf_hooks(model: nn.Module, reached: Callable[[str], None], skip: Container[nn.Module] = ()) -> list[Any]:
+    """Have `reached` called with the name of every module without children just before it runs; return the hooks' handles.
+
+    Where memory ends or a shape does not fit is then known, in layers that are not pruned too.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: reached(name)
+
+    leaves = ((name, m) for name, m in model.named_modules() if name and not any(True for _ in m.children()) and m not in skip)
+    return [module.register_forward_pre_hook(hook(name)) for name, module in leaves]
 
 
 def run_batch(
@@ -144,6 +158,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
     device = device_of(model)
     kept = {norm: ({name: getattr(norm, name).clone() for name in STATISTICS}, norm.momentum) for norm in norms.values()}
     count = 0
+    reached: list[str] = []
+    handles = leaf_hooks(model, reached.append)
     try:
         with in_eval_mode(model), torch.no_grad():
             for norm in norms.values():
@@ -151,7 +167,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
                 norm.momentum = None
                 norm.train()
             for batch in batches:
-                run_batch(model, batch, num_inputs, device, count + 1)
+                reached.clear()
+                run_batch(model, batch, num_inputs, device, count + 1, where=lambda: reached[-1] if reached else "")
                 count += 1
         if not count:
             raise InputError("calibration holds no batch, expected at least one; pass a list or a DataLoader that is not used up")
@@ -168,6 +185,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_inputs: i
             ) from error
         raise
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, (_, momentum) in kept.items():
             norm.momentum = momentum
     return count

@@ -3,10 +3,11 @@
 Nothing is written to the model: every statistic is of the dense network, and a failure leaves nothing to undo.
 """
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twofour.errors import InputError
@@ -36,9 +37,17 @@ class Calibration:
 
 
 def require_calibration(name: str, method: Method, calibration: Iterable[Any] | None) -> None:
-    """Raise InputError for a method that looks at data without any."""
+    """Raise InputError for a method that looks at data without any, and for calibration that is no series of batches."""
+    if calibration is not None and (isinstance(calibration, (Mapping, str, bytes)) or not is_iterable(calibration)):
+        kind = type(calibration).__name__
+        raise InputError(f"calibration is of {kind}, expected batches to go through; give a list of batches, [batch] for one")
     if method.is_calibrated and calibration is None:
         raise InputError(f"pruning method {name!r} looks at data, expected calibration batches; give calibration=, or use 'magnitude'")
+
+
+def is_iterable(value: object) -> bool:
+    """Whether a `for` can go through `value`, by its kind alone: a data set may have items and no iterator."""
+    return hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
 
 
 def columns_of(weight: Tensor) -> int:
@@ -120,15 +129,20 @@ def decide(
 
 
 def chosen(weight: Tensor, parts: list[Part], method: Method, pattern: Pattern, name: str) -> Choice:
-    """Return `choose`'s result; running out of memory, and whatever else goes wrong, names the layer.
+    """Return `choose`'s result; running out of memory, and what else data can bring about, names the layer.
 
     Raises:
-        InputError: as of `choose`, or no memory.
+        InputError: as of `choose`, XᵀX that cannot be decomposed, or no memory.
     """
     try:
         return choose(weight, parts, method, pattern)
     except InputError as error:
         raise InputError(f"layer {name!r}: {error}") from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"layer {name!r}: XᵀX cannot be decomposed ({reason}), expected finite inputs of like scale; check the data, or use 'wanda'"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,7 +1,8 @@
 """How much each layer costs when only that layer is pruned, and how few layers must stay dense to keep a metric within a budget."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from twofour.files import write_text
 from twofour.pattern import Pattern
 from twofour.pruning.apply import prepare, recorded, undone_on_failure, write
 from twofour.pruning.block_files import digest_of
-from twofour.pruning.calibration import STATISTICS, tracked_norms
+from twofour.pruning.calibration import STATISTICS, tensors_in, tracked_norms
 from twofour.pruning.decide import Report, decide
 from twofour.pruning.methods import Choice
 from twofour.pruning.record import LayerRecord, Pruning
@@ -63,8 +64,8 @@ class Sensitivity:
     def __str__(self) -> str:
         worst = self.ranked[0]
         return (
-            f"Sensitivity({self.method} {self.pattern}, {self.metric} {self.dense:.2f} dense: {len(self.layers)} layers one at a time, "
-            f"worst {worst.name} at {worst.value:.2f})"
+            f"Sensitivity({self.method} {self.pattern}, {self.metric} {self.dense:.4g} dense: {len(self.layers)} layers one at a time, "
+            f"worst {worst.name} at {worst.value:.4g})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -129,15 +130,15 @@ def sensitivity(
         progress: called with what is done, how many, and of how many if known.
 
     Raises:
-        InputError: as of `prune`; `resume` holds something else.
+        InputError: as of `prune`; `resume` holds something else; the metric is not finite.
     """
     ready = prepare(model, example_inputs, method, False, pattern, include, exclude, calibration, progress)
     choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
     batches = None if ready.calibration is None else ready.calibration.batches
     about = {"metric": metric, "direction": direction, "method": method, "pattern": str(ready.pattern)}
-    state = digest_of([*model.state_dict().values()])
+    state = {"state": digest_of([*model.state_dict().values()]), "calibration": _calibration_digest(batches)}
     done = _begun(Path(resume), about, state) if resume is not None else None
-    dense = done.dense if done is not None else evaluate(model)
+    dense = done.dense if done is not None else _finite(evaluate(model), metric, "of the dense network")
     known = {layer.name: layer for layer in done.layers} if done is not None else {}
     layers: list[LayerSensitivity] = []
     for record in ready.records:
@@ -146,18 +147,38 @@ def sensitivity(
         layer = known.get(record.name)
         if layer is None:
             with tried(model, {record.name: choices[record.name]}, batches, len(example_inputs)):
-                value = evaluate(model)
+                value = _finite(evaluate(model), metric, f"with only {record.name!r} pruned")
             layer = LayerSensitivity(record.name, record.shape, record.flops, value, (dense - value) * (1 if direction == "higher" else -1))
         layers.append(layer)
         result = Sensitivity(metric, direction, dense, method, str(ready.pattern), tuple(layers))
         if resume is not None:
-            write_text(resume, json.dumps({"schema": SCHEMA, "state": state, **result.to_json()}, indent=1) + "\n")
+            write_text(resume, json.dumps({"schema": SCHEMA, **state, **result.to_json()}, indent=1) + "\n")
         if progress is not None:
             progress("layer pruned alone", len(layers), len(choices))
     return result
 
 
-def _begun(path: Path, about: dict[str, str], state: str) -> Sensitivity | None:
+def _finite(value: float, metric: str, when: str) -> float:
+    """Return `value`; one that is not finite could be neither ranked nor drawn.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise InputError(f"sensitivity: {metric} {when} is {value}, expected a finite number; check the evaluation, or exclude the layer")
+    return value
+
+
+def _calibration_digest(batches: Iterable[Any] | None) -> str | None:
+    """Return a digest of the first calibration batch and the number of batches where it is known; None without calibration."""
+    if batches is None:
+        return None
+    first = next(iter(batches), None)
+    count = len(batches) if isinstance(batches, Sized) else -1
+    return digest_of([*tensors_in(first), torch.tensor(count)])
+
+
+def _begun(path: Path, about: dict[str, str], state: dict[str, str | None]) -> Sensitivity | None:
     """Return the record in a file, None where there is no file.
 
     Raises:
@@ -168,14 +189,15 @@ def _begun(path: Path, about: dict[str, str], state: str) -> Sensitivity | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         found = Sensitivity.from_json(value)
-        same = value["state"] == state
+        differs = [name for name in state if value[name] != state[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"sensitivity file {str(path)!r} is damaged; delete it and measure again") from error
     for name, wanted in about.items():
         if getattr(found, name) != wanted:
             raise InputError(f"sensitivity file {str(path)!r} has {name} {getattr(found, name)!r}, expected {wanted!r}; name another file")
-    if not same:
-        raise InputError(f"sensitivity file {str(path)!r} is of other weights; delete it or name another file")
+    if differs:
+        other = "weights" if "state" in differs else "calibration data"
+        raise InputError(f"sensitivity file {str(path)!r} is of other {other}; delete it or name another file")
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from twofour.errors import InputError
-from twofour.pruning.calibration import device_of, run_batch
+from twofour.pruning.calibration import device_of, leaf_hooks, run_batch
 from twofour.pruning.capture import CONVOLUTIONS, in_eval_mode
 
 # Up to this many columns XᵀX is summed in float64; above, in the precision of its products, which halves the largest buffer there is.
@@ -34,7 +34,7 @@ class Statistics:
 
     Attributes:
         rows: number of rows.
-        squares: Σ x², `[columns]`, float64 (float32 on devices without it).
+        squares: Σ x², `[columns]`, float64.
         hessian: XᵀX, `[columns, columns]`, float64 up to 4,096 columns, else float32; None where only squares were asked for.
     """
 
@@ -121,23 +121,35 @@ def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[T
 
 @dataclass
 class Collector:
-    """Sums of the inputs of the wanted weights while its hooks are on a model. `parts`: parameter's id → parts of that weight."""
+    """Sums of the inputs of the wanted weights while its hooks are on a model.
+
+    Attributes:
+        parts: parameter's id → parts of that weight.
+        current: the weight whose layer, or the module without children, that began to run last; empty before the first.
+        prefix: stands before the names of modules.
+    """
 
     wanted: Mapping[int, str]
     hessian: bool
     parts: dict[int, list[Part]] = field(default_factory=dict)
     current: str = ""
+    prefix: str = ""
     _inside: bool = False
 
     def hooks(self, model: nn.Module) -> list[Any]:
-        """Put the hooks on every module that holds a wanted weight and return their handles."""
-        handles = []
+        """Put the hooks on every module that holds a wanted weight, and on those that only tell where a pass is; return their handles."""
+        layers = {m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and id(m.weight) in self.wanted}
+        handles = leaf_hooks(model, self._reach, layers)
         for module in model.modules():
-            if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and id(module.weight) in self.wanted:
+            if module in layers:
                 handles.append(module.register_forward_pre_hook(self._layer, with_kwargs=True))
             elif isinstance(module, nn.MultiheadAttention) and any(id(p) in self.wanted for p in module.parameters()):
                 handles.append(module.register_forward_pre_hook(self._attention, with_kwargs=True))
         return handles
+
+    def _reach(self, name: str) -> None:
+        if not self._inside:
+            self.current = self.prefix + name
 
     def add(self, weight: Tensor, x: Tensor, start: int = 0, stop: int | None = None) -> None:
         """Add the rows of `x` to those of `weight[start:stop]`."""
@@ -284,6 +296,7 @@ def gather(
     with collecting(model, names, hessian) as collector:
         for batch in batches:
             count += 1
+            collector.current = ""
             run_batch(model, batch, num_inputs, device, count, expected=expected, where=lambda: collector.current)
             if progress is not None:
                 progress(count)

@@ -27,8 +27,9 @@ def plot_sensitivity(measured: Sensitivity, path: str | Path) -> None:
         axes.set_yticks(places, [layer.name for layer in measured.layers], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
+        change = "lost" if measured.direction == "higher" else "added"
         axes.set_xlabel(
-            f"{measured.metric} lost when only this layer is pruned ({measured.method} {measured.pattern}); dense {measured.dense:.2f}"
+            f"{measured.metric} {change} when only this layer is pruned ({measured.method} {measured.pattern}); dense {measured.dense:.4g}"
         )
         axes.spines[["top", "right"]].set_visible(False)
         with written_aside(path) as aside:
