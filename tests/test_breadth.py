@@ -352,9 +352,13 @@ def test_what_cannot_end_well_is_refused_before_the_first_training(
 def test_weights_of_a_relative_name_it_and_a_head_of_other_classes_is_told_apart(tmp_path: Path) -> None:
     made = {name: resolve_model(f"torchvision:{name}").make(10) for name in ("resnet18", "resnet34")}
     torch.save(made["resnet34"].state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r": 0 names missing, \d+ not in the model \(first: \['layer1.2.*; they fit 'torchvision:resnet34'$"):
+    with pytest.raises(
+        InputError, match=r": 0 names missing, \d+ not in the model \(first: \['layer1.2.*; they fit 'torchvision:resnet34'$"
+    ):
         load_weights(made["resnet18"], tmp_path / "w.pt", spec="torchvision:resnet18")
-    with pytest.raises(InputError, match=r"'fc.weight' has shape \[10, 512\].*; the file's head has another number of classes than the data, give"):
+    with pytest.raises(
+        InputError, match=r"'fc.weight' has shape \[10, 512\].*; the file's head has another number of classes than the data, give"
+    ):
         load_weights(resolve_model("torchvision:resnet34").make(3), tmp_path / "w.pt", spec="torchvision:resnet34")
 
 

@@ -1,12 +1,13 @@
 """`export`: a torch module → an ONNX file that gives the same outputs and, if the module is 2:4, still is."""
 
+import contextlib
 import copy
+import io
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
 from twofour.pruning.capture import in_eval_mode
 from twofour.pruning.record import PRUNING_KEY
+from twofour.sources.user_code import place_of
 
 _OPERATION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -40,15 +42,17 @@ class Exported:
         return f"Exported({self.path}: largest error {self.largest_error:.2e}, allowed {self.tolerance:.2e}; {self.inspection})"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter speaks of its own internals through loggers and warnings; none of it concerns the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    names = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # NOTE: where a module branches on a tensor's values, torch.export prints the graph so far on standard error.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -134,6 +138,8 @@ def _cause(error: BaseException) -> str:
 
     The exporter raises dozens of kinds, wraps each in advice of its own, and colours it.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -142,6 +148,14 @@ def _cause(error: BaseException) -> str:
     for link in reversed(chain):
         if found := _OPERATION.search(str(link)):
             return f"it has no ONNX translation of the operation {found[1]}; replace that operation in the model"
+    for link in reversed(chain):
+        if isinstance(link, GuardOnDataDependentSymNode):
+            place = place_of(link)
+            return (
+                "its path depends on the values of a tensor"
+                + (f" at {place}" if place else "")
+                + "; compute both paths and choose with torch.where"
+            )
     texts = [_COLOUR.sub("", str(link)) for link in reversed(chain)]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -27,7 +27,9 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise InputError(f"metric {self.name!r}: function is {type(self.function).__name__}, expected function(outputs, targets) -> float")
+            raise InputError(
+                f"metric {self.name!r}: function is {type(self.function).__name__}, expected function(outputs, targets) -> float"
+            )
         if self.direction not in ("higher", "lower"):
             raise InputError(f"metric {self.name!r}: direction is {self.direction!r}, expected 'higher' or 'lower'")
 

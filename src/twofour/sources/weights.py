@@ -39,7 +39,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name; save model.state_dict()")
+        raise InputError(
+            f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name; save model.state_dict()"
+        )
     tensors: dict[str, Tensor] = state
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -69,7 +71,11 @@ def load_weights(model: nn.Module, path: str | Path, *, spec: str = "") -> None:
     if wrong:
         name = wrong[0]
         heads = {name.rpartition(".")[0] for name in wrong}
-        cure = "the file's head has another number of classes than the data, give the data that it was trained on" if len(heads) == 1 else _cure(spec, state)
+        cure = (
+            "the file's head has another number of classes than the data, give the data that it was trained on"
+            if len(heads) == 1
+            else _cure(spec, state)
+        )
         raise InputError(
             f"weights file {str(path)!r}: {name!r} has shape {list(state[name].shape)}, the model expects {list(own[name].shape)}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
