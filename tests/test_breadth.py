@@ -327,7 +327,7 @@ class Branch(nn.Module):
         ("odd", "data", InputError, r"the model has no layer that can be 2:4: 0.weight: classifier"),
         ("Two", "data", InputError, r"the model returns tuple, expected one tensor; wrap it so that forward returns the logits"),
         ("Special", "data", UnsupportedError, r"no ONNX translation of the operation prims.bessel_j0; replace that operation"),
-        ("Branch", "data", UnsupportedError, r"torch.onnx cannot export this model: .*"),
+        ("Branch", "data", UnsupportedError, r"its path depends on the values of a tensor at line \d+ of '.*own.py', in forward; "),
         ("wide", "floats", InputError, r"labels are float32\[2\], expected class numbers int64\[2\]; convert them with \.long\(\)"),
         ("wide", "column", InputError, r"labels are int64\[2, 1\], expected class numbers int64\[2\]; convert them"),
         ("wide", "words", InputError, r"data 'words': a batch's targets are a (list|tuple), expected a tensor; give labels as numbers"),
@@ -337,13 +337,14 @@ class Branch(nn.Module):
     ],
 )
 def test_what_cannot_end_well_is_refused_before_the_first_training(
-    tmp_path: Path, model: str, data: str, kind: type[Exception], message: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], model: str, data: str, kind: type[Exception], message: str
 ) -> None:
     (tmp_path / "own.py").write_text(REFUSED)
     out, events = tmp_path / "run", []
     with pytest.raises(kind, match=message) as caught:
         compress(f"{tmp_path / 'own.py'}:{model}", f"{tmp_path / 'own.py'}:{data}", out=out, recipe=QUICK, listener=events.append)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
     assert not [event for event in events if isinstance(event, EpochFinished)]
     if data != "high":
         assert not out.exists()
@@ -377,6 +378,8 @@ def test_networks_that_are_no_classifiers_are_refused_without_fetching_a_backbon
         ({"workers": -1}, r"-1 workers, expected 0 or more"),
         ({"device": "cuda:7"}, r"device 'cuda:7' is not here: torch sees \d GPUs; use cpu"),
         ({"device": "gpu"}, r"device 'gpu' is unknown, expected cpu, cuda or cuda:N"),
+        ({"device": "cpu:3"}, r"device 'cpu:3' is unknown, expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, r"device 'cuda:' is unknown, expected cpu, cuda or cuda:N"),
         ({"model": "net.onnx"}, r"model 'net.onnx' is a finished graph, expected a network to train; twofour inspect, build, "),
         (
             {"recipe": parse_recipe("[augmentation]\nflip = true", "r"), "data": "OWN:text"},

@@ -1,13 +1,8 @@
 """`export`: a torch module → an ONNX file that gives the same outputs and, if the module is 2:4, still is."""
 
-import contextlib
 import copy
-import io
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +16,7 @@ from twofour.exchange.aliases import with_aliases
 from twofour.exchange.inspect import Inspection, inspect
 from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
-from twofour.pruning.capture import in_eval_mode
+from twofour.pruning.capture import exporter_quiet, in_eval_mode
 from twofour.pruning.record import PRUNING_KEY
 from twofour.sources.user_code import place_of
 
@@ -40,24 +35,6 @@ class Exported:
 
     def __str__(self) -> str:
         return f"Exported({self.path}: largest error {self.largest_error:.2e}, allowed {self.tolerance:.2e}; {self.inspection})"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks of its own internals through loggers and warnings; none of it concerns the user."""
-    names = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnx_ir")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        # NOTE: where a module branches on a tensor's values, torch.export prints the graph so far on standard error.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def flattened(value: Any) -> list[Tensor]:
@@ -125,7 +102,7 @@ def captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     try:
-        with in_eval_mode(model), torch.no_grad(), _quiet():
+        with in_eval_mode(model), torch.no_grad(), exporter_quiet():
             program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     except Exception as error:
         raise UnsupportedError(f"export: torch.onnx cannot export this model: {_cause(error)}") from error
