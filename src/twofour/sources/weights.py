@@ -40,7 +40,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(
-            f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name; save model.state_dict()"
+            f"weights file {str(path)!r} holds {type(state).__name__}, expected tensors by parameter name; save model.state_dict()"
         )
     tensors: dict[str, Tensor] = state
     if all(name.startswith("module.") for name in tensors):
