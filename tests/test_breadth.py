@@ -279,7 +279,7 @@ REFUSED = """
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from twofour.sources import ArrayDataset, Task
+from twofour.sources import ArrayDataset, Metric, Task
 
 x, y = torch.randn(32, 8), torch.arange(32) % 2
 data = lambda: (TensorDataset(x, y), TensorDataset(x, y))
@@ -289,6 +289,11 @@ wide = lambda num_classes: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(
 narrow = lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
 other = lambda: nn.Sequential(nn.Linear(9, 16), nn.Linear(16, 2))
 odd = lambda: nn.Sequential(nn.Linear(8, 2))
+floats = lambda: (TensorDataset(x, y.float()), TensorDataset(x, y.float()))
+column = lambda: (TensorDataset(x, y[:, None]), TensorDataset(x, y[:, None]))
+words = lambda: Task("words", [(a, "cat") for a in x], [(a, "cat") for a in x], 2)
+unnamed = lambda: Task("unnamed", *data(), 2, metric="accuracy")
+upward = lambda: Task("upward", *data(), 2, metric=Metric("error", lambda outputs, targets: 1.0, direction="up"))
 
 class Two(nn.Module):
     def __init__(self):
@@ -322,29 +327,39 @@ class Branch(nn.Module):
         ("odd", "data", InputError, r"the model has no layer that can be 2:4: 0.weight: classifier"),
         ("Two", "data", InputError, r"the model returns tuple, expected one tensor; wrap it so that forward returns the logits"),
         ("Special", "data", UnsupportedError, r"no ONNX translation of the operation prims.bessel_j0; replace that operation"),
-        ("Branch", "data", UnsupportedError, r"torch.onnx cannot export this model: .*"),
+        ("Branch", "data", UnsupportedError, r"its path depends on the values of a tensor at line \d+ of '.*own.py', in forward; "),
+        ("wide", "floats", InputError, r"labels are float32\[2\], expected class numbers int64\[2\]; convert them with \.long\(\)"),
+        ("wide", "column", InputError, r"labels are int64\[2, 1\], expected class numbers int64\[2\]; convert them"),
+        ("wide", "words", InputError, r"data 'words': a batch's targets are a (list|tuple), expected a tensor; give labels as numbers"),
+        ("wide", "unnamed", InputError, r"task 'unnamed': metric is 'accuracy', expected a twofour\.sources\.Metric"),
+        ("wide", "upward", InputError, r"metric 'error': direction is 'up', expected 'higher' or 'lower'"),
         ("wide", "plain", InputError, r"an item is no \(input, class\): IndexError: .*; return a Task for anything else"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_the_first_training(
-    tmp_path: Path, model: str, data: str, kind: type[Exception], message: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], model: str, data: str, kind: type[Exception], message: str
 ) -> None:
     (tmp_path / "own.py").write_text(REFUSED)
     out, events = tmp_path / "run", []
     with pytest.raises(kind, match=message) as caught:
         compress(f"{tmp_path / 'own.py'}:{model}", f"{tmp_path / 'own.py'}:{data}", out=out, recipe=QUICK, listener=events.append)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
     assert not [event for event in events if isinstance(event, EpochFinished)]
-    if model != "wide" or data == "plain":
+    if data != "high":
         assert not out.exists()
 
 
 def test_weights_of_a_relative_name_it_and_a_head_of_other_classes_is_told_apart(tmp_path: Path) -> None:
     made = {name: resolve_model(f"torchvision:{name}").make(10) for name in ("resnet18", "resnet34")}
     torch.save(made["resnet34"].state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"\d+ not in the model \(first: \['layer1.2.*; they fit 'torchvision:resnet34'$"):
+    with pytest.raises(
+        InputError, match=r": 0 names missing, \d+ not in the model \(first: \['layer1.2.*; they fit 'torchvision:resnet34'$"
+    ):
         load_weights(made["resnet18"], tmp_path / "w.pt", spec="torchvision:resnet18")
-    with pytest.raises(InputError, match=r"'fc.weight' has shape \[10, 512\].*; the file's head has another number of classes than"):
+    with pytest.raises(
+        InputError, match=r"'fc.weight' has shape \[10, 512\].*; the file's head has another number of classes than the data, give"
+    ):
         load_weights(resolve_model("torchvision:resnet34").make(3), tmp_path / "w.pt", spec="torchvision:resnet34")
 
 
@@ -363,6 +378,8 @@ def test_networks_that_are_no_classifiers_are_refused_without_fetching_a_backbon
         ({"workers": -1}, r"-1 workers, expected 0 or more"),
         ({"device": "cuda:7"}, r"device 'cuda:7' is not here: torch sees \d GPUs; use cpu"),
         ({"device": "gpu"}, r"device 'gpu' is unknown, expected cpu, cuda or cuda:N"),
+        ({"device": "cpu:3"}, r"device 'cpu:3' is unknown, expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, r"device 'cuda:' is unknown, expected cpu, cuda or cuda:N"),
         ({"model": "net.onnx"}, r"model 'net.onnx' is a finished graph, expected a network to train; twofour inspect, build, "),
         (
             {"recipe": parse_recipe("[augmentation]\nflip = true", "r"), "data": "OWN:text"},

@@ -123,6 +123,7 @@ def test_doctor_names_every_package_and_the_line_for_what_is_missing(run) -> Non
             r"prune: no weights given, expected --weights FILE with the dense network",
         ),
         (["prune", "demo", "--out", "x.safetensors"], r"prune: no data given, expected --data NAME; or give a folder of safetensors"),
+        (["prune", __file__, "--out", "x"], r"prune: '.*test_cli.py' is no safetensors file, expected one, a folder of them, or MODEL"),
         (["prune", "no/such", "--out", "x"], r"no/such"),
         (["prune", "nodir", "--out", "x"], r"prune: 'nodir' does not exist, expected a folder with safetensors files, one such file or a"),
         (["prune", "a.safetensors", "--out", "x", "--permute"], r"prune: --permute needs the network, expected MODEL with --data"),

@@ -170,10 +170,12 @@ def test_weights_that_do_not_fit_name_the_first_differences(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"does not fit the model: \d+ names missing \(first: \['classifier.bias'"):
         compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "few.safetensors")
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    with pytest.raises(InputError, match=r"neither safetensors \(named .safetensors\) nor a torch state dict of plain tensors"):
+    with pytest.raises(
+        InputError, match=r"neither safetensors \(named .safetensors\) nor a torch state dict of plain tensors; save model\.state_dict"
+    ):
         compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "junk.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match="holds list, expected a dict of tensors"):
+    with pytest.raises(InputError, match=r"holds list, expected tensors by parameter name; save model\.state_dict"):
         compress("demo", "digits", out=tmp_path / "run", weights=tmp_path / "list.pt")
 
 

@@ -77,14 +77,16 @@ def test_a_file_that_differs_from_the_module_is_discarded(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if float(x.sum()) > 0 else -x
 
-    with pytest.raises(UnsupportedError, match=r"torch\.onnx cannot export this model: ") as caught:
+    with pytest.raises(UnsupportedError, match=r"torch\.onnx cannot export this model: its path depends on the values of") as caught:
         twofour.export(Branching(), (torch.ones(2, 4),), tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
+    assert re.search(r"at line \d+ of '.*test_exchange.py', in forward; compute both paths and choose with torch.where$", str(caught.value))
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(InputError, match=r"folder '.*missing' does not exist; make it first"):
         twofour.export(nn.Linear(4, 4), (torch.ones(2, 4),), tmp_path / "missing" / "m.onnx")
 

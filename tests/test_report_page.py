@@ -529,6 +529,28 @@ def test_a_comparison_says_what_is_not_comparable_and_names_are_never_markup(tmp
     assert "Nothing that the reports record." in same
 
 
+def test_a_comparison_of_different_metrics_gives_each_run_its_unit_and_fits_its_frame(tmp_path: Path) -> None:
+    first = sample()
+    scale = [row.model_copy(update={"mean": row.mean / 1e4, "values": [v / 1e4 for v in row.values]}) for row in first.accuracy]
+    error = first.model_copy(
+        update={
+            "model": "torchvision:mobilenet_v2",
+            "data": "imagefolder@32:pictures",
+            "metric": "squared error",
+            "metric_unit": "",
+            "metric_direction": "lower",
+            "accuracy": scale,
+        }
+    )
+    text = comparison(tmp_path, first, error)
+    outcome = taken_apart(text).tables[0]
+    dense = first.accuracy_of("dense").mean
+    assert outcome[1][2].startswith(f"{dense:.2f} %")
+    assert outcome[2][2].startswith(f"{dense / 1e4:.6f}")
+    script = "const probe = () => Math.max(...[...document.querySelectorAll('.frame')].map(f => f.scrollWidth - f.clientWidth))"
+    assert browser.evaluate(text, script, (1200,), tmp_path) == {1200: 0}
+
+
 def test_a_comparison_needs_two_runs_each_once(tmp_path: Path) -> None:
     from twofour.report.compare import load_runs, write_comparison
 

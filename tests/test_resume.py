@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pyte
         write(tensors, path, metadata)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(InputError, match=r"seed0-dense.training' cannot be written: No space left on device"):
+    with pytest.raises(InputError, match=r"seed0-dense.training' cannot be written: No space left on device; free some and try again$"):
         run(tmp_path / "run")
     state = tmp_path / "run" / "state"
     assert sorted(p.name for p in state.iterdir()) == ["seconds.json", "seed0-dense.training"]

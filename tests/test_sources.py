@@ -41,7 +41,11 @@ def test_an_image_folder_is_read_resized_and_normalised(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda root: None, "has no folder 'train', expected train/CLASS/image.jpg"),
-        (lambda root: write_images(root, ("cat",)), r"has 1 classes \(\['cat'\]\), expected at least two folders"),
+        (lambda root: write_images(root, ("cat",)), r"has one class \('cat'\), expected at least two folders, one a class"),
+        (lambda root: (root / "train").mkdir() or (root / "val").mkdir(), r"train' has no classes, expected at least two folders"),
+        (lambda root: write_images(root) or (root / "train" / "runs").mkdir(), r"train': class 'runs' holds no images; fill or remove its"),
+        (lambda root: root.rmdir(), r"image folder '.*' does not exist; name a folder with train/CLASS/image.jpg and val/CLASS/"),
+        (lambda root: root.rmdir() or root.write_text(""), r"image folder '.*' is a file; name a folder with train/CLASS/image.jpg"),
         (lambda root: write_images(root, each=0), "holds no images, expected one folder a class"),
         (lambda root: (write_images(root), write_images(root, ("emu",), ("val",))), r"has classes that train has not: \['emu'\]"),
     ],

@@ -1,5 +1,6 @@
 """Files are written aside and renamed, so that no reader ever sees half of one and a failure loses nothing."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        # safetensors tells of the system's error in words of its own.
+        if (full := os.strerror(errno.ENOSPC)) in reason:
+            reason = f"{full}; free some and try again"
         raise InputError(f"file {str(path)!r} cannot be written: {reason}") from error
     finally:
         with suppress(OSError):

@@ -53,6 +53,8 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
             raise InputError("prune: --sensitivity, --keep-dense and --by-block run the network, expected MODEL with --data and --weights")
         if asked.permute and click.get_current_context().get_parameter_source("permute") is ParameterSource.COMMANDLINE:
             raise InputError("prune: --permute needs the network, expected MODEL with --data and --weights; leave it out for files")
+        if Path(what).is_file() and Path(what).suffix not in (".safetensors", ".json"):
+            raise InputError(f"prune: {what!r} is no safetensors file, expected one, a folder of them, or MODEL with --data and --weights")
         if out.suffix == ".safetensors":
             raise InputError(f"prune: --out {str(out)!r} is made a folder, expected a folder's name")
         refuse_same(out, what)

@@ -163,7 +163,7 @@ def refuse_absent_device(device: str) -> str:
         InputError: it is unknown or absent.
     """
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if device != "cpu" and (kind != "cuda" or device == "cuda:" or (index and not index.isdigit())):
         raise InputError(f"device {device!r} is unknown, expected cpu, cuda or cuda:N{nearest(device, ['cpu', 'cuda'])}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use cpu, or install torch for CUDA")

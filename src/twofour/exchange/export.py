@@ -1,12 +1,8 @@
 """`export`: a torch module → an ONNX file that gives the same outputs and, if the module is 2:4, still is."""
 
 import copy
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,9 @@ from twofour.exchange.aliases import with_aliases
 from twofour.exchange.inspect import Inspection, inspect
 from twofour.files import require_suffix, written_aside
 from twofour.pruning import Pruning
-from twofour.pruning.capture import in_eval_mode
+from twofour.pruning.capture import exporter_quiet, in_eval_mode
 from twofour.pruning.record import PRUNING_KEY
+from twofour.sources.user_code import place_of
 
 _OPERATION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -38,22 +35,6 @@ class Exported:
 
     def __str__(self) -> str:
         return f"Exported({self.path}: largest error {self.largest_error:.2e}, allowed {self.tolerance:.2e}; {self.inspection})"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks of its own internals through loggers and warnings; none of it concerns the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def flattened(value: Any) -> list[Tensor]:
@@ -121,7 +102,7 @@ def captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     try:
-        with in_eval_mode(model), torch.no_grad(), _quiet():
+        with in_eval_mode(model), torch.no_grad(), exporter_quiet():
             program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     except Exception as error:
         raise UnsupportedError(f"export: torch.onnx cannot export this model: {_cause(error)}") from error
@@ -134,6 +115,8 @@ def _cause(error: BaseException) -> str:
 
     The exporter raises dozens of kinds, wraps each in advice of its own, and colours it.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -142,6 +125,14 @@ def _cause(error: BaseException) -> str:
     for link in reversed(chain):
         if found := _OPERATION.search(str(link)):
             return f"it has no ONNX translation of the operation {found[1]}; replace that operation in the model"
+    for link in reversed(chain):
+        if isinstance(link, GuardOnDataDependentSymNode):
+            place = place_of(link)
+            return (
+                "its path depends on the values of a tensor"
+                + (f" at {place}" if place else "")
+                + "; compute both paths and choose with torch.where"
+            )
     texts = [_COLOUR.sub("", str(link)) for link in reversed(chain)]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,10 +1,12 @@
 """The model as a graph and as it ran: which weight comes first, which linear stands last before each output, FLOPs of each layer."""
 
+import contextlib
+import io
+import logging
 import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +36,7 @@ class Execution:
     note: str = ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Run the body with every module in eval mode, then give each its own mode back."""
     modes = {module: module.training for module in model.modules()}
@@ -154,6 +156,24 @@ def last_linears(program: torch.export.ExportedProgram) -> frozenset[str]:
     return frozenset(found)
 
 
+@contextlib.contextmanager
+def exporter_quiet() -> Iterator[None]:
+    """The exporter speaks of its own internals through loggers, warnings and standard error; what concerns the user is raised."""
+    names = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        # NOTE: where a module branches on a tensor's values, torch.export prints the graph so far on standard error.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def execute(model: nn.Module, example_inputs: tuple[Any, ...], capture: Callable[..., Any] = torch.export.export) -> Execution:
     """Run and capture `model` on `example_inputs`; a model that cannot be captured falls back to the order of execution.
 
@@ -161,9 +181,7 @@ def execute(model: nn.Module, example_inputs: tuple[Any, ...], capture: Callable
     """
     order, flops = run_once(model, example_inputs)
     try:
-        with in_eval_mode(model), torch.no_grad(), warnings.catch_warnings():
-            # torch.export warns about its own internals; what matters here is raised.
-            warnings.simplefilter("ignore")
+        with in_eval_mode(model), torch.no_grad(), exporter_quiet():
             classifiers = last_linears(capture(model, example_inputs, strict=False))
         note = ""
     except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; each means the same here: no graph

@@ -8,7 +8,7 @@ from pathlib import Path
 from twofour.errors import InputError
 from twofour.files import write_text
 from twofour.report import charts, summary
-from twofour.report.page import both_widths, flat, make_environment, of, ratio_change
+from twofour.report.page import both_widths, flat, make_environment, metric_filters, of, ratio_change
 from twofour.report.record import AccuracyRow, Report
 from twofour.report.summary import Coverage
 
@@ -111,21 +111,19 @@ def render(runs: Sequence[Run]) -> str:
         unit = f", {reports[0].metric_unit}" if reports[0].metric_unit else ""
         axis = f"{reports[0].metric}{unit}"
         drawn = both_widths(lambda width, name: charts.accuracy_by_run(rows, axis, width=width, name=name), "runs")
-    return (
-        make_environment(reports)
-        .get_template("comparison.html.j2")
-        .render(
-            runs=runs,
-            differences=differences(runs),
-            kept=kept_by_layer(runs),
-            cautions=cautions(runs),
-            chart=drawn,
-            of=of,
-            ratio_change=ratio_change,
-            headline_speed=summary.headline_speed,
-            headline_size=summary.headline_size,
-            title=" · ".join(run.name for run in runs),
-        )
+    environment = make_environment(reports)
+    return environment.get_template("comparison.html.j2").render(
+        runs=runs,
+        show_of=lambda report: environment.filters if comparable else metric_filters(report),
+        differences=differences(runs),
+        kept=kept_by_layer(runs),
+        cautions=cautions(runs),
+        chart=drawn,
+        of=of,
+        ratio_change=ratio_change,
+        headline_speed=summary.headline_speed,
+        headline_size=summary.headline_size,
+        title=" · ".join(run.name for run in runs),
     )
 
 

@@ -55,6 +55,11 @@ def metric_decimals(report: Report) -> int:
     return max(0, 3 - math.floor(math.log10(largest))) if largest else 2
 
 
+def metric_filters(report: Report) -> dict[str, Callable[..., Markup]]:
+    """Return how numbers are shown beside reports of other metrics: with this report's unit and digits."""
+    return _filters(metric_decimals(report), report.metric_unit)
+
+
 def _filters(decimals: int, metric_unit: str) -> dict[str, Callable[..., Markup]]:
     unit = f" {metric_unit}" if metric_unit else ""
     points = " points" if metric_unit == "%" else unit

@@ -111,6 +111,9 @@ def image_folder(folder: str, size: int = IMAGE_PX, skip_bad: bool = False) -> T
         InputError: a folder is missing or empty, there is one class only, or the two splits' classes differ.
     """
     root = Path(folder)
+    if not folder or not root.is_dir():
+        state = "is a file" if root.is_file() else "does not exist"
+        raise InputError(f"image folder {folder!r} {state}; name a folder with train/CLASS/image.jpg and val/CLASS/image.jpg")
     splits = {}
     for split in ("train", "val"):
         if not (root / split).is_dir():
@@ -118,10 +121,14 @@ def image_folder(folder: str, size: int = IMAGE_PX, skip_bad: bool = False) -> T
         splits[split] = sorted(p.name for p in (root / split).iterdir() if p.is_dir())
     classes = splits["train"]
     if len(classes) < 2:
-        raise InputError(f"image folder {str(root / 'train')!r} has {len(classes)} classes ({classes}), expected at least two folders")
+        found = f"one class ({classes[0]!r})" if classes else "no classes"
+        raise InputError(f"image folder {str(root / 'train')!r} has {found}, expected at least two folders, one a class")
     if unknown := sorted(set(splits["val"]) - set(classes)):
         raise InputError(f"image folder {str(root / 'val')!r} has classes that train has not: {unknown[:3]}; rename or remove them")
     train, validation = (ImageFolder(root / split, classes, size) for split in ("train", "val"))
+    filled = {label for _, label in train.items}
+    if empty := [name for label, name in enumerate(classes) if label not in filled]:
+        raise InputError(f"image folder {str(root / 'train')!r}: class {empty[0]!r} holds no images; fill or remove its folder")
     notes: tuple[str, ...] = ()
     if skip_bad:
         total = len(train) + len(validation)

@@ -25,6 +25,14 @@ class Metric:
     direction: Literal["higher", "lower"] = "higher"
     unit: str = ""
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(
+                f"metric {self.name!r}: function is {type(self.function).__name__}, expected function(outputs, targets) -> float"
+            )
+        if self.direction not in ("higher", "lower"):
+            raise InputError(f"metric {self.name!r}: direction is {self.direction!r}, expected 'higher' or 'lower'")
+
     def is_better(self, a: float, b: float) -> bool:
         """Whether `a` is strictly better than `b`."""
         return a > b if self.direction == "higher" else a < b
@@ -75,6 +83,10 @@ class ArrayDataset(Dataset[tuple[Inputs, Tensor]]):
         return tuple(x[index] for x in self.inputs), self.targets[index]
 
 
+def _is_dataset(value: object) -> bool:
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
 @dataclass(frozen=True)
 class Task:
     """Everything a training needs to know about the data.
@@ -96,6 +108,20 @@ class Task:
     collate: Callable[[list[Any]], tuple[Inputs, Tensor]] | None = None
     workers: int = 0
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, is_right, expected in (
+            ("train", _is_dataset(self.train), "a data set with __getitem__ and __len__"),
+            ("validation", _is_dataset(self.validation), "a data set with __getitem__ and __len__"),
+            ("num_classes", isinstance(self.num_classes, int) and self.num_classes > 0, "a whole number of 1 or more"),
+            ("metric", isinstance(self.metric, Metric), "a twofour.sources.Metric"),
+            ("loss", self.loss is None or callable(self.loss), "a function (outputs, targets, label_smoothing) or None"),
+            ("collate", self.collate is None or callable(self.collate), "a function of a list of items or None"),
+        ):
+            if not is_right:
+                value = getattr(self, field)
+                shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
+                raise InputError(f"task {self.name!r}: {field} is {shown}, expected {expected}")
 
     @property
     def is_classification(self) -> bool:
@@ -134,6 +160,10 @@ class Task:
         Raises:
             InputError: the validation set is empty, or a batch is not `(inputs, targets)`.
         """
+        return self._example(batch)[0]
+
+    def _example(self, batch: int) -> tuple[tuple[Tensor, ...], Any]:
+        """Inputs and targets of the first validation items."""
         count = len(self.validation)  # type: ignore[arg-type]
         if not count:
             raise InputError(f"data {self.name!r} has no validation items, expected at least one")
@@ -144,15 +174,15 @@ class Task:
         if not isinstance(made, (tuple, list)) or len(made) != 2:
             kind = f"{type(made).__name__} of {len(made)}" if isinstance(made, (tuple, list)) else type(made).__name__
             raise InputError(f"data {self.name!r}: a batch is a {kind}, expected (inputs, targets)")
-        return inputs_of(made[0])
+        return inputs_of(made[0]), made[1]
 
     def refuse_unfit(self, model: nn.Module) -> None:
         """Run the model on two items; do nothing if its outputs can be trained on this task.
 
         Raises:
-            InputError: the model does not take the inputs, or its outputs do not fit the classes.
+            InputError: the model does not take the inputs, or its outputs do not fit the classes or labels.
         """
-        inputs = self.example_inputs()
+        inputs, targets = self._example(2)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
@@ -174,14 +204,28 @@ class Task:
                 f"the model's outputs are {list(outputs.shape)} for {len(inputs[0])} items, data {self.name!r} have {self.num_classes} "
                 "classes; give the model that many outputs, or a Task with a loss of its own"
             )
+        self.refuse_labels(outputs, targets)
 
-    def refuse_labels(self, outputs: Tensor, targets: Tensor) -> None:
-        """Do nothing if every class in `targets` is one of the columns of `outputs`; a task with its own loss may have any targets.
+    def refuse_labels(self, outputs: Tensor, targets: Any) -> None:
+        """Do nothing if `targets` can be learned from `outputs`; a task with its own loss may have any tensor.
+
+        That is: int64 or uint8, one label an item, each one of the columns of `outputs`; or a probability for each output.
 
         Raises:
-            InputError: a label has no output.
+            InputError: the targets are no tensor, of another type or shape, or a label has no output.
         """
-        if not self.is_classification or targets.is_floating_point() or not targets.numel():
+        if not isinstance(targets, Tensor):
+            kind = type(targets).__name__
+            raise InputError(f"data {self.name!r}: a batch's targets are a {kind}, expected a tensor; give labels as numbers, or a collate")
+        if not self.is_classification or (targets.is_floating_point() and targets.shape == outputs.shape):
+            return
+        expected = outputs.shape[:1] + outputs.shape[2:]
+        if targets.dtype not in (torch.int64, torch.uint8) or targets.shape != expected:
+            raise InputError(
+                f"data {self.name!r}: labels are {str(targets.dtype).removeprefix('torch.')}{list(targets.shape)}, expected class numbers "
+                f"int64{list(expected)}; convert them with .long() and one number an item, or give a Task with a loss of its own"
+            )
+        if not targets.numel():
             return
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= outputs.shape[1]:

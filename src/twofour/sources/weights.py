@@ -25,20 +25,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}") from error
+            raise InputError(f"weights file {str(path)!r} is not a readable safetensors file: {error}; write or fetch it again") from error
     state: Any
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # NOTE: on bytes that are no checkpoint torch.load raises whatever its parsers meet (UnpicklingError, struct.error, KeyError, …).
     except Exception as error:
         raise InputError(
-            f"weights file {str(path)!r} is neither safetensors (named .safetensors) nor a torch state dict of plain tensors"
+            f"weights file {str(path)!r} is neither safetensors (named .safetensors) nor a torch state dict of plain tensors; "
+            "save model.state_dict() alone, or fetch the file again"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"weights file {str(path)!r} holds {type(state).__name__}, expected a dict of tensors by parameter name")
+        raise InputError(
+            f"weights file {str(path)!r} holds {type(state).__name__}, expected tensors by parameter name; save model.state_dict()"
+        )
     tensors: dict[str, Tensor] = state
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -61,20 +64,28 @@ def load_weights(model: nn.Module, path: str | Path, *, spec: str = "") -> None:
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or surplus:
         raise InputError(
-            f"weights file {str(path)!r} does not fit the model: {len(missing)} names missing (first: {missing[:3]}), "
-            f"{len(surplus)} not in the model (first: {surplus[:3]}); {_cure(spec, state)}"
+            f"weights file {str(path)!r} does not fit the model: {_counted(missing, 'names missing')}, "
+            f"{_counted(surplus, 'not in the model')}; {_cure(spec, state)}"
         )
     wrong = [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         name = wrong[0]
         heads = {name.rpartition(".")[0] for name in wrong}
-        cure = "the file's head has another number of classes than the data" if len(heads) == 1 else _cure(spec, state)
+        cure = (
+            "the file's head has another number of classes than the data, give the data that it was trained on"
+            if len(heads) == 1
+            else _cure(spec, state)
+        )
         raise InputError(
             f"weights file {str(path)!r}: {name!r} has shape {list(state[name].shape)}, the model expects {list(own[name].shape)}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
             + f"; {cure}"
         )
     model.load_state_dict(state)
+
+
+def _counted(names: list[str], what: str) -> str:
+    return f"{len(names)} {what} (first: {names[:3]})" if names else f"0 {what}"
 
 
 def _cure(spec: str, state: dict[str, Tensor]) -> str:

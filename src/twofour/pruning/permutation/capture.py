@@ -1,7 +1,6 @@
 """The network as graphs of ATen operations: evaluation and training, with the batch left open."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from twofour.errors import InputError
+from twofour.pruning.capture import exporter_quiet
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,7 @@ def _program(model: nn.Module, inputs: Inputs, positional: Any, shapes: Any) -> 
     dynamic = None
     if shapes is not None:
         dynamic = positional if positional is not None else _by_name(model, inputs, shapes)
-    with torch.enable_grad(), warnings.catch_warnings():
-        # torch.export warns about its own internals; what matters here is raised.
-        warnings.simplefilter("ignore")
+    with torch.enable_grad(), exporter_quiet():
         program = torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=dynamic, strict=False)
         decomposed: ExportedProgram = program.run_decompositions({})
         return decomposed
