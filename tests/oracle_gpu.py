@@ -153,16 +153,20 @@ class Serialised:
         return b"plan"
 
 
-def first_ways(lowered: Lowered, *, sparsity: str = "auto") -> list[Chosen]:
-    """For every call the first way listed, as if it had been the fastest; sparse ones of ours where there are any."""
+def first_ways(lowered: Lowered, *, sparsity: str = "auto", apart: bool = False) -> list[Chosen]:
+    """For every call the first way listed, as if it had been the fastest; sparse ones of ours where there are any.
+
+    With `apart`, the first whose activation is a step of its own, where there is one.
+    """
     found = []
     for call in lowered.calls:
         if call.family != "fallback":
-            way = pick(call, sparsity)
+            way = pick(call, sparsity, apart)
             found.append(Chosen(way, {str(way): 1.0}))
     return found
 
 
-def pick(call: LayerCall, sparsity: str) -> Way:
+def pick(call: LayerCall, sparsity: str, apart: bool) -> Way:
     ways, _ = ways_of(call, sparsity=sparsity)
+    ways = [way for way in ways if apart and way.after is not None] or ways
     return ways[0] if ways else Way(call.family, "cudnn", call.problem, None, 0)

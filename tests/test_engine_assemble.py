@@ -32,7 +32,9 @@ NETWORKS = sorted(path.name.removesuffix(".onnx.gz") for path in FOLDER.glob("*.
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
-def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bool = False) -> tuple[Plan, list[LayerRecord]]:
+def assembled(
+    path: Path, batches: tuple[int, ...], precision: str, *, force: bool = False, apart: bool = False
+) -> tuple[Plan, list[LayerRecord]]:
     model = parse_onnx_file(path)
     inputs = tuple(spec_of(v, "input") for v in model.graph.inputs)
     outputs = tuple(spec_of(v, "output") for v in model.graph.outputs)
@@ -42,7 +44,7 @@ def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bo
         lowered = front.lower(batch, precision)
         if force:
             lowered = dataclasses.replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
-        chosen = first_ways(lowered)
+        chosen = first_ways(lowered, apart=apart)
         memory = plan_memory(lowered.buffers())
         programs.append(assembler.program(lowered, memory, chosen, [Serialised() for _ in chosen], [None] * len(chosen)))  # type: ignore[misc]
         rows += record_of("model", lowered, memory, chosen, GPUS["H200"]).layers
@@ -52,11 +54,16 @@ def assembled(path: Path, batches: tuple[int, ...], precision: str, *, force: bo
     return plan, rows
 
 
-@pytest.mark.parametrize(("name", "precision"), [(name, "fp16") for name in NETWORKS] + [("resnet", "bf16"), ("vit", "bf16")])
-def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: str, precision: str, tmp_path: Path) -> None:
+CASES = [(name, "fp16", False) for name in NETWORKS] + [("resnet", "bf16", False), ("vit", "bf16", False), ("vit", "fp16", True)]
+
+
+@pytest.mark.parametrize(("name", "precision", "apart"), CASES)
+def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: str, precision: str, apart: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(network(name), path)
-    plan, rows = assembled(path, (2,), precision)
+    plan, rows = assembled(path, (2,), precision, apart=apart)
+    in_place = [step for step in plan.programs[0].steps if "in0" in step.operands and step.operands["in0"] == step.operands["d"]]
+    assert bool(in_place) == apart
     plan.save(tmp_path / "model.plan")
     gpu = OracleGpu()
     backend = CudaBackend(Plan.load(tmp_path / "model.plan"), gpu=gpu, make=gpu.make)

@@ -161,6 +161,22 @@ def test_cudnn_that_cannot_start_leaves_the_other_ways(monkeypatch: pytest.Monke
         run(FakeBench(lambda way: 1.0), convolution())
 
 
+def test_an_activation_that_a_library_lacks_follows_its_product(tmp_path: Path, no_gpu: list[Trial]) -> None:
+    call = linear(activation="gelu")
+    ways, left = ways_of(call)
+    apart = {way.library for way in ways if way.after is not None}
+    assert apart == {"twofour", "cublaslt"}
+    assert all(way.problem.epilogue == gemm.Epilogue("none", bias=True) for way in ways if way.after is not None)
+    assert "cublaslt" not in left
+    path = tmp_path / "timings.json"
+    chosen = run(FakeBench(lambda way: 1.0 if way.after is not None and way.library == "cusparselt" else 2.0), call, cache=path)[0]
+    assert str(chosen.way) == "cusparselt 0, activation apart"
+    assert no_gpu[0].problem.epilogue.activation == "none"
+    again = run(FakeBench(lambda way: None), call, cache=path)[0]
+    assert again.way == chosen.way
+    assert not [way for way in ways_of(linear(activation="relu"))[0] if way.after is not None]
+
+
 def test_weights_and_biases_are_in_the_form_each_way_reads() -> None:
     call = linear()
     assert call.weight is not None

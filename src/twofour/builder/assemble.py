@@ -13,7 +13,7 @@ from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.memory import MemoryPlan, aligned
 from twofour.builder.storage import Place
 from twofour.builder.tactics.choose import Chosen
-from twofour.builder.tactics.ways import bias_for, weight_for
+from twofour.builder.tactics.ways import Way, bias_for, weight_for
 from twofour.errors import UnsupportedError
 from twofour.jit.cache import default_cache
 from twofour.kernels.families import OURS
@@ -96,6 +96,8 @@ class Assembler:
                 continue
             choice, launch, weight = next(made)
             steps.append(self._step(call, choice, launch, weight, values))
+            if choice.way.after is not None:
+                steps.append(self._after(call, choice.way.after))
             workspace = max(workspace, launch.workspace_bytes)
         used = max((v.offset + v.num_bytes for v in values.values() if v.where == "arena"), default=0)
         return Program(lowered.batch, aligned(used), workspace, values, tuple(steps))
@@ -136,12 +138,20 @@ class Assembler:
                     raise UnsupportedError(f"build: {name} of {call.name} is {values[operands[name]].dtype}, expected fp32")
         parts = {}
         if way.library == OURS:
-            text = kernel_source(way.family, way.problem, way.config, self.num_sms)
-            parts["cubin"] = self.payload.add_cubin(default_cache().get(text).cubin)
+            parts["cubin"] = self._cubin(way)
         elif way.library == "cudnn":
             serialized = launch.call.serialized()  # type: ignore[attr-defined]
             parts["graph"] = self.payload.add("graph", np.frombuffer(serialized, np.uint8))
         return Step(call.name, way.family, way.library, way.problem, way.config, way.algorithm, operands, parts)
+
+    def _after(self, call: LayerCall, way: Way) -> Step:
+        """The step that works on a call's output in place."""
+        operands = {"in0": call.operands["d"], "d": call.operands["d"]}
+        return Step(call.name, way.family, way.library, way.problem, way.config, None, operands, {"cubin": self._cubin(way)})
+
+    def _cubin(self, way: Way) -> str:
+        text = kernel_source(way.family, way.problem, way.config, self.num_sms)
+        return self.payload.add_cubin(default_cache().get(text).cubin)
 
     def _held(self, kind: str, array: Array, dtype: str, values: dict[str, Value]) -> str:
         """The name of a value in the payload."""

@@ -79,7 +79,7 @@ class Bench:
         return self._handle
 
     def prepare(self, way: Way) -> Launchable:
-        """Return a way made callable.
+        """Return a way made callable, without what follows it.
 
         Raises:
             InputError, MissingExtraError, UnsupportedError: it cannot run here.
@@ -104,10 +104,11 @@ class Bench:
         if not ready:
             return found
         operands = _Operands(self, [ways[i] for i, _ in ready], [call for _, call in ready], weight_of)
+        behind = {i: self.prepare(after) for i, _ in ready if (after := ways[i].after) is not None}
         graphs, indices = [], []
         for number, (i, call) in enumerate(ready):
             try:
-                graphs.append(self.watch.graph(operands.candidate(number, call)))
+                graphs.append(self.watch.graph(operands.candidate(number, call, behind.get(i))))
                 indices.append(i)
             except (InputError, UnsupportedError) as e:
                 found[i] = Timed(found[i].way, None, str(e))
@@ -167,12 +168,14 @@ class _Operands:
                 bench._scratch.fill(made[name], prints[name].num_bytes, prints[name].dtype)
         return made
 
-    def candidate(self, number: int, call: Launchable) -> Candidate:
-        """Return a timing candidate of way `number` that walks through the sets."""
+    def candidate(self, number: int, call: Launchable, after: Launchable | None) -> Candidate:
+        """Return a timing candidate of way `number`, with what follows it, that walks through the sets."""
         rows = self._rows(number)
         workspace = self._workspace.pointer if call.workspace_bytes else 0
 
         def enqueue(i: int, stream: int, _alive: Any = self) -> None:
             call(rows[i], workspace, stream)
+            if after is not None:
+                after({"in0": rows[i]["d"], "d": rows[i]["d"]}, 0, stream)
 
         return Candidate(str(self.ways[number]), enqueue, self.sets)

@@ -48,6 +48,7 @@ class Chosen:
 
 def _plain(way: Way) -> dict[str, Any]:
     return {
+        "after": None if way.after is None else _plain(way.after),
         "family": way.family,
         "library": way.library,
         "problem": to_plain(way.problem),
@@ -62,7 +63,8 @@ def _read_way(data: Any) -> Way:
     reason = families.why_not(data["family"], data["library"], problem, config)
     if reason is not None:
         raise InputError(reason)
-    return Way(data["family"], data["library"], problem, config, None if data["algorithm"] is None else int(data["algorithm"]))
+    after = None if data["after"] is None else _read_way(data["after"])
+    return Way(data["family"], data["library"], problem, config, None if data["algorithm"] is None else int(data["algorithm"]), after)
 
 
 def _read_outcome(data: Any) -> Outcome:
@@ -174,7 +176,8 @@ def choose_all(
     todo = {key: call for key, call in wanted.items() if key not in known}
     sms = num_sms(device)
     listed = {key: ways_of(call, sparsity=sparsity, libraries=libraries, sms=sms) for key, call in todo.items()}
-    fill_cache(kernel_source(w.family, w.problem, w.config, sms) for ways, _ in listed.values() for w in ways if w.library == families.OURS)
+    each = [step for ways, _ in listed.values() for way in ways for step in (way, way.after) if step is not None]
+    fill_cache(kernel_source(step.family, step.problem, step.config, sms) for step in each if step.library == families.OURS)
     tried = _tried(todo, sparsity, libraries, device, remembered)
     refused: dict[str, str] = {}
     for number, (key, call) in enumerate(todo.items()):

@@ -41,7 +41,7 @@ CHILD = "from twofour.builder.tactics.untrusted import main; main()"
 class Trial:
     """A problem whose plans by a library are to be tried: the first `most` of them; `fused` as in `kernels/conv/cudnn.py`.
 
-    Of cuSPARSELt, its default algorithm and the one that its search finds are tried.
+    Of cuSPARSELt, its default algorithm and the one that its search finds are tried. `after`, what follows in an engine, is not tried.
     """
 
     family: str
@@ -49,6 +49,7 @@ class Trial:
     fused: bool = True
     most: int = MOST_PLANS
     library: str = "cudnn"
+    after: Any = None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from twofour.kernels.conv import contract as conv
 from twofour.kernels.conv.cudnn import UNFUSED, is_fusible
 from twofour.kernels.families import OURS
 from twofour.kernels.gemm import contract as gemm
+from twofour.kernels.pointwise import contract as pointwise
 from twofour.pattern.pack_sm90 import pack
 
 LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
@@ -30,6 +31,7 @@ class Way:
 
     Attributes:
         config: of our kernels. algorithm: of a library. A convolution may be computed as a product: `family` is then gemm.
+        after: a pointwise step on the output, in place; None: the problem is the whole layer.
     """
 
     family: str
@@ -37,6 +39,7 @@ class Way:
     problem: Any
     config: Any = None
     algorithm: int | None = None
+    after: "Way | None" = None
 
     @property
     def is_sparse(self) -> bool:
@@ -44,6 +47,9 @@ class Way:
         return bool(getattr(self.problem, "sparse", False))
 
     def __str__(self) -> str:
+        return f"{self._name()}, activation apart" if self.after is not None else self._name()
+
+    def _name(self) -> str:
         c = self.config
         if self.family == "gemm" and c is not None:
             form = "2:4" if self.is_sparse else "dense"
@@ -96,12 +102,9 @@ def trials_of(
             found.append(Trial(call.family, call.problem, fused=fused, most=TRIED_CUDNN))
     product = _product_of(call)
     if "cusparselt" in libraries and product is not None and call.is_24 and sparsity != "off":
-        problem = replace(product, sparse=True)
-        reason = families.why_not("gemm", "cusparselt", problem, None)
-        if reason is not None:
-            left["cusparselt"] = reason
-        else:
-            found.append(Trial("gemm", problem, library="cusparselt"))
+        asked, after = _by_library("cusparselt", replace(product, sparse=True), left)
+        if asked is not None:
+            found.append(Trial("gemm", asked, library="cusparselt", after=after))
     return found, left
 
 
@@ -111,7 +114,7 @@ def tried_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way
         left[trial.library] = outcome.reason
     if trial.library == "cusparselt":
         left |= {f"cusparselt's {'search' if plan else 'default'}": why for plan, why in outcome.left_out.items()}
-        return [Way("gemm", "cusparselt", trial.problem, None, None if best < 0 else best) for best in outcome.best(1)]
+        return [Way("gemm", "cusparselt", trial.problem, None, None if best < 0 else best, trial.after) for best in outcome.best(1)]
     first = 0 if trial.fused else UNFUSED
     left |= {f"cudnn {plan}": why for plan, why in outcome.left_out.items()}
     return [Way(trial.family, "cudnn", trial.problem, None, first + plan) for plan in outcome.best(MOST_CUDNN)]
@@ -125,21 +128,49 @@ def _product_of(call: LayerCall) -> gemm.Problem | None:
     return conv.as_gemm(call.problem) if call.family == "conv" else None
 
 
+def _activation_apart(product: gemm.Problem) -> tuple[gemm.Problem, Way] | None:
+    """Return the product without its activation, and the step that activates its output in place; None where little would be gained.
+
+    A library lacks most activations; and in our kernels an activation of many instructions holds the next tile up.
+    """
+    e = product.epilogue
+    if e.activation in ("none", "relu") or e.gated:
+        return None
+    elements = product.tokens * product.outputs
+    problem = pointwise.Problem(
+        (elements,), (pointwise.Operand(product.out_dtype, (1,)),), product.out_dtype, (1,), ((e.activation, ("in", 0)),)
+    )
+    after = Way("pointwise", OURS, problem, pointwise.default(problem))
+    return replace(product, epilogue=replace(e, activation="none")), after
+
+
 def _products(product: gemm.Problem, sparse: bool, libraries: Sequence[str], sms: int, left: dict[str, str]) -> list[Way]:
     found = []
-    forms = (True, False) if sparse else (False,)
-    for form in forms:
+    parts = _activation_apart(product)
+    for form in (True, False) if sparse else (False,):
         problem = replace(product, sparse=form)
+        count = SPARSE_CONFIGS if form else DENSE_CONFIGS
         if OURS in libraries:
-            count = SPARSE_CONFIGS if form else DENSE_CONFIGS
             found += [Way("gemm", OURS, problem, config) for config in gemm.candidates(problem, sms, count)]
+            if parts is not None:
+                plain = replace(parts[0], sparse=form)
+                found += [Way("gemm", OURS, plain, config, after=parts[1]) for config in gemm.candidates(plain, sms, count // 2)]
         if not form and "cublaslt" in libraries:
-            reason = families.why_not("gemm", "cublaslt", problem, None)
-            if reason is not None:
-                left["cublaslt"] = reason
-            else:
-                found += [Way("gemm", "cublaslt", problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
+            asked, after = _by_library("cublaslt", problem, left)
+            found += [Way("gemm", "cublaslt", asked, None, i, after) for i in range(CUBLASLT_ALGORITHMS) if asked is not None]
     return found
+
+
+def _by_library(library: str, problem: gemm.Problem, left: dict[str, str]) -> tuple[gemm.Problem | None, Way | None]:
+    """Return what a library is asked for, whole or with the activation apart; None where it can do neither, and `left` says why."""
+    reason = families.why_not("gemm", library, problem, None)
+    if reason is None:
+        return problem, None
+    parts = _activation_apart(problem)
+    if parts is not None and families.why_not("gemm", library, parts[0], None) is None:
+        return parts
+    left[library] = reason
+    return None, None
 
 
 def in_dtype(values: Array, dtype: str) -> Array:
