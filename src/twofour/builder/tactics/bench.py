@@ -139,7 +139,8 @@ class _Operands:
                 bench._scratch.fill(one_set[name], size, dtype)
         self._own: list[list[dict[str, Buffer]]] = []
         for way, call, prints in zip(ways, calls, touched, strict=True):
-            self._own.append([self._own_set(bench, way, call, prints, weight_of) for _ in range(self.sets)])
+            weight = weight_of(way) if weight_of is not None and "weight" in prints else None
+            self._own.append([self._own_set(bench, way, call, prints, weight) for _ in range(self.sets)])
         most = max(call.workspace_bytes for call in calls)
         self._workspace = Buffer(most, zeroed=True)
 
@@ -152,15 +153,13 @@ class _Operands:
             for shared, own in zip(self._shared, self._own[number], strict=True)
         ]
 
-    def _own_set(
-        self, bench: Bench, way: Way, call: Launchable, prints: Any, weight_of: Callable[[Way], Array] | None
-    ) -> dict[str, Buffer]:
+    def _own_set(self, bench: Bench, way: Way, call: Launchable, prints: Any, weight: Array | None) -> dict[str, Buffer]:
         made: dict[str, Buffer] = {}
         for name in ("weight", "bias"):
             if name not in prints:
                 continue
-            if name == "weight" and weight_of is not None:
-                made[name] = upload(weight_of(way))
+            if name == "weight" and weight is not None:
+                made[name] = upload(weight)
                 if way.library == "cusparselt":
                     made[name] = call.call.compress(made[name].pointer)  # type: ignore[attr-defined]
             else:

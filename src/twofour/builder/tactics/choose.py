@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -177,29 +179,41 @@ def choose_all(
     sms = num_sms(device)
     listed = {key: ways_of(call, sparsity=sparsity, libraries=libraries, sms=sms) for key, call in todo.items()}
     each = [step for ways, _ in listed.values() for way in ways for step in (way, way.after) if step is not None]
-    fill_cache(kernel_source(step.family, step.problem, step.config, sms) for step in each if step.library == families.OURS)
-    tried = _tried(todo, sparsity, libraries, device, remembered)
-    refused: dict[str, str] = {}
-    for number, (key, call) in enumerate(todo.items()):
-        if progress is not None:
-            progress(number, len(todo), call.name)
-        ways, left = listed[key]
-        for trial, outcome in tried[key][0]:
-            ways += tried_ways(trial, outcome, left)
-        left |= tried[key][1]
-        found = _fastest(bench, call, ways, left)
-        if found is None:
-            refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
-            continue
-        known[key] = found
-        remembered.put(key, found)
+    with _phase("compiling kernels"):
+        fill_cache(kernel_source(step.family, step.problem, step.config, sms) for step in each if step.library == families.OURS)
+    with _phase("trying the libraries' plans"):
+        tried = _tried(todo, sparsity, libraries, device, remembered)
     remembered.save()
+    refused: dict[str, str] = {}
+    with _phase(f"timing {len(todo)} layers"):
+        for number, (key, call) in enumerate(todo.items()):
+            if progress is not None:
+                progress(number, len(todo), call.name)
+            ways, left = listed[key]
+            for trial, outcome in tried[key][0]:
+                ways += tried_ways(trial, outcome, left)
+            left |= tried[key][1]
+            found = _fastest(bench, call, ways, left)
+            if found is None:
+                refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
+                continue
+            known[key] = found
+            remembered.put(key, found)
+            remembered.save()
     if refused:
         raise UnsupportedError(
             f"build: {len(refused)} layers cannot be computed with tactics {tactics!r}: "
             + ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         )
     return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[None]:
+    log.info("build: %s …", name)
+    start = time.perf_counter()
+    yield
+    log.info("build: %s took %.1f s", name, time.perf_counter() - start)
 
 
 def _tried(

@@ -175,7 +175,7 @@ def main() -> None:
             if trial["library"] == "cudnn":
                 tryer.cudnn(number, trial["family"], problem, trial["fused"], begin, trial["most"])
             else:
-                tryer.cusparselt(number, problem, begin)
+                tryer.cusparselt(number, problem, begin, trial["most"])
     _say({"done": True})
 
 
@@ -214,15 +214,15 @@ class _Tryer:
                 answer["us"] = self._rough_us(call, addresses)
         del alive
 
-    def cusparselt(self, number: int, problem: Any, begin: int) -> None:
-        """Try the default algorithm, then the one that the search finds, on a weight of zeros."""
+    def cusparselt(self, number: int, problem: Any, begin: int, most: int) -> None:
+        """Try the default algorithm, then the one that the search finds, on a weight of zeros; `most` 1: the default alone."""
         from twofour.jit.driver import Buffer
         from twofour.kernels.launchable import launchable
 
         addresses, alive = _operands("gemm", "cusparselt", problem)
         extra = {name: addresses[name] for name in ("bias", "residual") if name in addresses}
         zeros = Buffer(2 * problem.weight_rows * problem.inputs, zeroed=True)
-        for plan in (DEFAULT, SEARCH)[begin:]:
+        for plan in (DEFAULT, SEARCH)[begin:most]:
             with _told(number, plan) as answer:
                 made: Any = launchable("gemm", "cusparselt", problem)
                 weight = made.call.compress(zeros.pointer)

@@ -22,6 +22,7 @@ LIBRARIES = {"all": (OURS, "cublaslt", "cusparselt", "cudnn"), "ours": (OURS,)}
 SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
 CUBLASLT_ALGORITHMS = 3
 TRIED_CUDNN = 4  # plans a layer; more than twenty layers with twelve plans each took minutes
+TRIED_SMALL, SMALL_FLOPS = 10, 2e9  # a layer of few operations: which plan fills the GPU is hard to foresee, and trying one is short
 MOST_CUDNN = 2  # of the plans that ran alone, the fastest are timed against the other ways
 
 
@@ -99,12 +100,15 @@ def trials_of(
             left["cudnn"] = reason
         else:
             fused = call.family != "conv" or is_fusible(call.problem)
-            found.append(Trial(call.family, call.problem, fused=fused, most=TRIED_CUDNN))
+            most = TRIED_SMALL if call.problem.flops < SMALL_FLOPS else TRIED_CUDNN
+            found.append(Trial(call.family, call.problem, fused=fused, most=most))
     product = _product_of(call)
     if "cusparselt" in libraries and product is not None and call.is_24 and sparsity != "off":
         asked, after = _by_library("cusparselt", replace(product, sparse=True), left)
         if asked is not None:
-            found.append(Trial("gemm", asked, library="cusparselt", after=after))
+            # The search takes a second or two, for nothing where a launch decides.
+            most = 1 if asked.flops < SMALL_FLOPS else 2
+            found.append(Trial("gemm", asked, most=most, library="cusparselt", after=after))
     return found, left
 
 
