@@ -20,11 +20,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import twofour
+from twofour.training import sr_ste
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4
 TEMPERATURE = 4.0
 STEPS_A_GRAPH = 8
+NEVER = 2**31
 
 
 class OutOfTimeError(RuntimeError):
@@ -150,10 +152,21 @@ def next_batch(
 class Program:
     """Batches, loss and outputs of one architecture, for all networks that have it.
 
-    Compiled, a second network of the architecture compiles nothing: parameters and buffers are arguments. Autocast to bf16.
+    Compiled, a second network of the architecture compiles nothing: parameters and buffers are arguments.
+
+    Attributes:
+        bf16: whether convolutions and linear layers run in bf16, as under autocast.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool, regions: tuple[type[nn.Module], ...] = (), backend: str = "inductor") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compiled: bool,
+        regions: tuple[type[nn.Module], ...] = (),
+        backend: str = "inductor",
+        bf16: bool = torch.cuda.is_available(),
+    ) -> None:
         """Take a network of the architecture; its values do not matter.
 
         Args:
@@ -161,6 +174,7 @@ class Program:
                 any depth.
         """
         self.training, self.inference = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+        self.bf16 = bf16
         self.next_batch: Callable[..., tuple[Tensor, Tensor]] = next_batch
         self.loss: Callable[..., Tensor] = self._loss
         self.logits: Callable[..., Tensor] = self._logits
@@ -182,7 +196,7 @@ class Program:
     def _loss(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, labels: Tensor, soft: Tensor | None, distill: Tensor
     ) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             y = functional_call(self.training, (parameters, buffers), (x,)).float()
             loss = F.cross_entropy(y, labels)
             if soft is None:
@@ -193,7 +207,7 @@ class Program:
 
     @torch.no_grad()
     def _logits(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return functional_call(self.inference, (parameters, buffers), (x,)).float()  # type: ignore[no-any-return]
 
 
@@ -213,9 +227,16 @@ class Member:
         *,
         seed: int,
         pruning: twofour.Pruning | None = None,
+        recomputed: bool = False,
         teacher: nn.Module | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
+        """Take a network on any device.
+
+        Args:
+            pruning: its masks are held.
+            recomputed: only their names count: the masks follow the dense weights, every few steps (SR-STE).
+        """
         device = images.labels.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.program, self.recipe, self.about = program, recipe, about or {}
@@ -226,11 +247,13 @@ class Member:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.feed.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=on_gpu
         )
-        self.held = twofour.hold(self.model, self.optimizer, pruning) if pruning is not None else None
+        self.held = twofour.hold(self.model, self.optimizer, pruning) if pruning is not None and not recomputed else None
+        self.scratch = sr_ste(self.model, self.optimizer, pruning.masks, every=NEVER) if pruning is not None and recomputed else None
         self.parameters, self.buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         # What autocast would cast to bf16 at each use, cast once a step by one launch for all of them.
         self.wide = [p for p in self.parameters.values() if p.ndim > 1]
-        self.narrow = [p.detach().to(torch.bfloat16).requires_grad_() for p in self.wide]
+        dtype = torch.bfloat16 if program.bf16 else torch.float32
+        self.narrow = [p.detach().to(dtype, copy=True).requires_grad_() for p in self.wide]
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -240,7 +263,7 @@ class Member:
         self.teacher: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         if teacher is not None and recipe.distill:
             teacher = teacher.to(device, memory_format=torch.channels_last)
-            weights = {name: p.detach().to(torch.bfloat16 if p.ndim > 1 else p.dtype) for name, p in teacher.named_parameters()}
+            weights = {name: p.detach().to(dtype if p.ndim > 1 else p.dtype) for name, p in teacher.named_parameters()}
             self.teacher = weights, dict(teacher.named_buffers())
         self.loss_sum = torch.zeros((), device=device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
@@ -261,7 +284,31 @@ class Member:
         """Return all that steps change."""
         momenta = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters.values()]
         own = [self.feed.step_index, self.feed.position, self.loss_sum]
-        return [*self.parameters.values(), *self.buffers.values(), *momenta, *own]
+        scratch = [] if self.scratch is None else [*self.scratch.dense.values(), *self.scratch.masks.values()]
+        return [*self.parameters.values(), *self.buffers.values(), *momenta, *own, *scratch]
+
+    def recompute(self) -> None:
+        """Let the masks follow the dense weights, if they do; a captured step goes on reading them where they were."""
+        if self.scratch is None:
+            return
+        placed = dict(self.scratch.masks)
+        self.scratch.recompute()
+        for name, mask in placed.items():
+            mask.copy_(self.scratch.masks[name])
+            self.scratch.masks[name] = mask
+        self.scratch.apply()
+
+    def finish(self) -> None:
+        """Check that held weights are zero and let go.
+
+        Raises:
+            twofour.errors.VerificationError: a held weight moved.
+        """
+        if self.held is not None:
+            self.held.check()
+            self.held.remove()
+        if self.scratch is not None:
+            self.scratch.remove()
 
     def warm_up(self) -> None:
         """Let libraries and compilers choose and allocate what they need; every value is as before."""
@@ -317,16 +364,25 @@ class Fleet:
             torch.cuda.synchronize()
 
     def advance(self, steps: int) -> None:
-        """Run that many steps of every member."""
-        if not self.graphs:
-            for _ in range(steps):
-                for member in self.members:
-                    member.step()
-            return
-        for n in sorted(self.graphs, reverse=True):
-            for _ in range(steps // n):
+        """Run that many steps of every member; masks that are not held are recomputed before every `steps_a_graph` of them."""
+        while steps:
+            n = min(self.steps_a_graph, steps)
+            for member in self.members:
+                member.recompute()
+            if n in self.graphs:
                 self.graphs[n].replay()
-            steps %= n
+            else:
+                for _ in range(n):
+                    self.one_step()
+            steps -= n
+
+    def one_step(self) -> None:
+        """Run one step of every member."""
+        if self.graphs:
+            self.graphs[1].replay()
+            return
+        for member in self.members:
+            member.step()
 
     def run_epoch(self) -> list[float]:
         """Train every member for one epoch and return their mean losses.
@@ -415,9 +471,7 @@ def train_together(
         left = (time.monotonic() - prepared) / (fleet.epoch - first) * (fleet.epochs - fleet.epoch)
         say(f"epoch {fleet.epoch}/{fleet.epochs}: mean loss {sum(losses) / len(losses):.4f}, {left:.0f} s left")
     for member in members:
-        if member.held is not None:
-            member.held.check()
-            member.held.remove()
+        member.finish()
     if saved is not None:
         saved.unlink(missing_ok=True)
     return time.monotonic() - prepared, prepared - started

@@ -1,4 +1,4 @@
-"""The fleet of evidence/fleet.py on a CPU: it trains as the plain loop does, compiles an architecture once, and goes on where it stopped."""
+"""The fleet of evidence/fleet.py on a CPU: it trains as the plain loop does, compiles an architecture once, goes on where it stopped."""
 
 import copy
 import math
@@ -66,7 +66,7 @@ def test_a_member_trains_as_the_plain_loop(
     recipe = fleet.Recipe(epochs=2, batch=16, distill=distill)
     plain = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
     member = fleet.Member(
-        copy.deepcopy(model), fleet.Program(model, compiled=False), images, recipe, seed=3, pruning=pruning, teacher=teacher
+        copy.deepcopy(model), fleet.Program(model, compiled=False, bf16=True), images, recipe, seed=3, pruning=pruning, teacher=teacher
     )
     optimizer = torch.optim.SGD(plain.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     held = twofour.hold(plain, optimizer, pruning)
@@ -90,7 +90,7 @@ def test_a_member_trains_as_the_plain_loop(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            expected.append(float(loss))
+            expected.append(float(loss.detach()))
             step += 1
     run = fleet.Fleet([member])
     run.prepare()
@@ -108,13 +108,11 @@ def test_a_second_network_of_an_architecture_compiles_nothing(
 ) -> None:
     model, pruning = pruned
     recipe = fleet.Recipe(epochs=1, batch=16, distill=0.5)
-    compiled, plain = fleet.Program(model, compiled=True, backend="aot_eager"), fleet.Program(model, compiled=False)
+    compiled, plain = (fleet.Program(model, compiled=c, backend="aot_eager", bf16=True) for c in (True, False))
     losses = []
     for program in (plain, compiled, compiled):
         dense = program is compiled and len(losses) == 2
-        member = fleet.Member(
-            copy.deepcopy(model), program, images, recipe, seed=3, pruning=None if dense else pruning, teacher=model
-        )
+        member = fleet.Member(copy.deepcopy(model), program, images, recipe, seed=3, pruning=None if dense else pruning, teacher=model)
         run = fleet.Fleet([member])
         run.prepare()
         losses += run.run_epoch()
