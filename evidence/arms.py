@@ -75,9 +75,7 @@ class Data:
             name, other = "CIFAR-10 test", read_bytes(folder / "cifar10", "te")
         stop = None if num_images is None else 2 * num_images
         train = Images(pixels[:num_images], labels[:num_images], device)
-        return cls(
-            train, Images(other[0][:stop], other[1][:stop], device), f"CIFAR-10 {'held-out training images' if held_out else 'test'}"
-        )
+        return cls(train, Images(other[0][:stop], other[1][:stop], device), name)
 
 
 def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofour.Pruning]:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -134,6 +134,7 @@ def dense_network(
         load(model, next((folder / "resnet-cifar10").glob(network.published)))
         return model, 0.0
     recipe = recipe or network.dense
+    recipe = replace(recipe, batch=min(recipe.batch, len(train)))
     kept.mkdir(parents=True, exist_ok=True)
     path = kept / f"{name}-{len(train)}-images-{recipe.epochs}-epochs.safetensors"
     with FileLock(path.with_suffix(".lock")):
