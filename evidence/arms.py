@@ -23,7 +23,6 @@ log = logging.getLogger("arms")
 HELD_OUT = 5000
 CONTROL = "dense + same training"
 CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
-SEARCH_SECONDS = 20.0
 
 
 def read_bytes(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -87,7 +86,7 @@ def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofou
         model,
         (images[:2],),
         method=arm.method,
-        permute=SEARCH_SECONDS if arm.permuted else False,
+        permute=arm.permuted,
         calibration=list(images.split(CALIBRATION_ITEMS)) if calibrated or arm.reestimated else None,
         reestimate=arm.reestimated,
     )
