@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from arms import CONTROL, Arm, Data, Experiment
 from fleet import OutOfTimeError, Program, Recipe, leave_default_stream
+from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
 from networks import NETWORKS, dense_network
-from recording import Record, add_arguments, command_of, deadline, shared_over_gpus
 
 log = logging.getLogger("ablations")
 SHOWN = ("nets", "seeds", "epochs", "lr", "distill", "batch", "weight_decay", "only", "images")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from arms import CONTROL
 from filelock import FileLock
-from recording import Record, add_arguments, command_of, deadline, shared_over_gpus
+from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
 from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
@@ -65,7 +65,7 @@ RECIPES = {
     "sst2": Recipe(steps=2800, lr=1e-4, batch=64, labels=0.5, distill=1.0),
 }
 DENSE = Recipe(steps=2800, lr=5e-5, batch=64, labels=1.0, distill=0.0)
-SEARCH = {"stsb": ((5e-5, 2e-4, 5e-4), (0.0, 1.0), (1.0, 4.0)), "sst2": ((5e-5, 1e-4, 3e-4), (0.5,), (0.0, 1.0))}
+SEARCH = {"stsb": ((1e-4, 4e-4), (0.0, 1.0), (1.0,)), "sst2": ((5e-5, 2e-4), (0.5,), (0.0, 1.0))}
 
 
 def orders(num: int, items: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -97,33 +97,34 @@ class StsB:
             lines = pairs(folder, split)[:limit]
             self.tokens[split] = Tokens(folder, [text for one, other, _ in lines for text in (one, other)], device)
             self.scores[split] = torch.tensor([score for *_, score in lines], device=device)
-        self.others = Tokens(folder, unlabelled(folder)[:limit], device)
+        others = Tokens(folder, unlabelled(folder)[:limit], device)
+        self.num_others = len(others)
+        # The sentences of the pairs first, then those without a label.
+        self.tokens["train"].ids += others.ids
         self.example = self.tokens["train"].batch([0, 1])
 
     def batches(self, recipe: Recipe, seed: int) -> Iterator[tuple[list[int], list[int]]]:
         """Give indices of pairs and of further sentences without end."""
         g = torch.Generator().manual_seed(seed)
-        return zip(orders(len(self.scores["train"]), recipe.batch, g), orders(len(self.others), 2 * recipe.batch, g), strict=True)
+        return zip(orders(len(self.scores["train"]), recipe.batch, g), orders(self.num_others, 2 * recipe.batch, g), strict=True)
 
     def loss(self, model: Encoder, teacher: Encoder, batch: tuple[list[int], list[int]], recipe: Recipe) -> Tensor:
         """Return the loss of one step."""
         chosen, further = batch
-        terms = []
-        ids, mask = self.tokens["train"].batch([2 * i + k for i in chosen for k in (0, 1)])
-        outputs, states = model.with_states(ids, mask)
-        e = F.normalize(outputs.float(), dim=1)
-        cosine = (e[0::2] * e[1::2]).sum(1)
-        terms.append(recipe.labels * F.mse_loss(cosine, self.scores["train"][chosen] / 5))
+        which = [2 * i + k for i in chosen for k in (0, 1)]
+        num_paired = len(which)
         if recipe.distill:
-            terms.append(recipe.distill * self._matched(outputs, states, teacher, ids, mask))
-            ids, mask = self.others.batch(further)
-            terms.append(recipe.distill * self._matched(*model.with_states(ids, mask), teacher, ids, mask))
-        return torch.stack(terms).sum()
-
-    def _matched(self, outputs: Tensor, states: Sequence[Tensor], teacher: Encoder, ids: Tensor, mask: Tensor) -> Tensor:
-        with torch.no_grad():
-            theirs, their_states = teacher.with_states(ids, mask)
-        return apart(states, their_states, mask) + (1 - F.cosine_similarity(outputs.float(), theirs.float())).mean()
+            which += [2 * len(self.scores["train"]) + i for i in further]
+        ids, mask = self.tokens["train"].batch(which)
+        outputs, states = model.with_states(ids, mask)
+        e = F.normalize(outputs[:num_paired].float(), dim=1)
+        loss = recipe.labels * F.mse_loss((e[0::2] * e[1::2]).sum(1), self.scores["train"][chosen] / 5)
+        if recipe.distill:
+            with torch.no_grad():
+                theirs, their_states = teacher.with_states(ids, mask)
+            turned = 1 - F.cosine_similarity(outputs.float(), theirs.float())
+            loss = loss + recipe.distill * (apart(states, their_states, mask) + turned.mean())
+        return loss
 
     def judge(self, model: nn.Module, split: str) -> float:
         """Return Spearman's correlation × 100 of cosines and scores."""

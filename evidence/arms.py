@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from fleet import Images, Member, Program, Recipe, accuracy_percent, train_together
+from ledger import Record
 from PIL import Image
-from recording import Record
 from torch import Tensor, nn
 
 import twofour

@@ -434,7 +434,8 @@ def accuracy_percent(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return top-1 accuracy in percent, computed in fp32."""
     training = model.training
     model.eval()
-    correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
     model.train(training)
     return 100 * correct / len(labels)
 

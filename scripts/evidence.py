@@ -1,4 +1,7 @@
-"""Writes the tables and the plot of docs/evidence.md from results/*/accuracy*.json: `python scripts/evidence.py`."""
+"""Writes the tables and the plot of docs/evidence.md and the table of docs/recipes.md: `python scripts/evidence.py`.
+
+Source: results/*/accuracy*.json.
+"""
 
 import json
 import math
@@ -12,7 +15,6 @@ from typing import Any
 from twofour.files import write_text
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "evidence.md"
 PLOT = ROOT / "docs" / "evidence.svg"
 CONTROL = "dense + same training"
 NARROW = 0.2
@@ -183,7 +185,7 @@ def summary_table() -> str:
 
 
 def choices_table(experiment: str) -> str:
-    """Return a table of every arm, judged on what recipes are chosen by: accuracy, difference to the control of its recipe, difference to the first arm."""
+    """Return a table of every arm on the data recipes are chosen by: accuracy, differences to its control and to the first arm."""
     files = recorded()
     blocks = []
     everything = [row for row in rows_of(files, experiment=experiment) if "test" not in row["data"]]
@@ -236,22 +238,38 @@ def plot_line() -> str:
     return f"![Difference to the dense network given the same training, with its 95 % interval and the floor]({PLOT.name})"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "summary": summary_table,
-    "plot": plot_line,
-    "recipes": lambda: choices_table("retraining"),
-    "ablations": lambda: choices_table("ablations"),
-    "runs": runs_table,
+def expect_table() -> str:
+    """Return, for who wants to know what to expect, each measured network's recipe, cost and difference."""
+    found = measured(recorded())
+    if not found:
+        return "Not measured yet."
+    lines = ["| network | retraining | GPU minutes a training | 2:4 against dense, same training |", "|---" * 4 + "|"]
+    for goal, rows, differences in found:
+        own = [row for row in rows if row["variant"] == goal.variant and row["recipe"]]
+        minutes = fmean(row["gpu_seconds"] for row in own) / 60
+        lines.append(f"| {name_of(goal)}, {goal.data} | {recipe_text(own[0]['recipe'])} | {minutes:.2f} | {differences} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "evidence.md": {
+        "summary": summary_table,
+        "plot": plot_line,
+        "recipes": lambda: choices_table("retraining"),
+        "ablations": lambda: choices_table("ablations"),
+        "runs": runs_table,
+    },
+    "recipes.md": {"expect": expect_table},
 }
 
 
-def filled(page: str) -> str:
-    """Return the page's text with each table between its markers."""
-    for name, make in TABLES.items():
+def filled(name: str, page: str) -> str:
+    """Return the text of a page of docs/ with each table between its markers."""
+    for table_name, make in TABLES[name].items():
         table = make()
-        pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
+        pattern = rf"(<!-- {table_name} table -->\n).*?(<!-- /{table_name} table -->)"
         page, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
-        assert count == 1, f"docs/evidence.md has {count} places for the {name} table"
+        assert count == 1, f"docs/{name} has {count} places for the {table_name} table"
     return page
 
 
@@ -280,4 +298,6 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     draw(PLOT)
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    for page_name in TABLES:
+        page_path = ROOT / "docs" / page_name
+        write_text(page_path, filled(page_name, page_path.read_text(encoding="utf-8")))

@@ -1,6 +1,6 @@
 """Results of accuracy experiments: rows written as soon as they are there, shards of a run, one process a GPU, and their union.
 
-    python evidence/recording.py results/GPU/accuracy-cifar.json PART…
+    python evidence/ledger.py results/GPU/accuracy-cifar.json PART…
 
 adds the rows of the parts to the file.
 """
@@ -114,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, seeds: int) -> None:
     parser.add_argument("out", type=Path, help="the file of results; what is in it already is not trained again")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU, which share the seeds")
+    parser.add_argument("--per-gpu", type=int, default=1, help="processes that share a GPU, where one leaves it waiting")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="only the seeds I, I + N, …; to a file of its own")
     parser.add_argument("--minutes", type=float, default=1e6, help="no epoch begins after this; the unfinished is kept and gone on with")
     parser.add_argument("--kept", type=Path, default=Path("runs/evidence"), help="where dense networks and unfinished trainings lie")
@@ -140,18 +141,16 @@ def command_of(script: str, a: argparse.Namespace, shown: Sequence[str]) -> str:
 
 
 def shared_over_gpus(a: argparse.Namespace) -> bool:
-    """If several GPUs are asked for, run this command once on each, unite their rows and return True."""
-    if a.gpus == 1:
+    """If several processes are asked for, run this command once in each, unite their rows and return True."""
+    num = a.gpus * a.per_gpu
+    if num == 1 or a.shard != (0, 1):
         return False
-    words = list(sys.argv)
-    at = next(k for k, word in enumerate(words) if word.startswith("--gpus"))
-    del words[at : at + (1 if "=" in words[at] else 2)]
     processes = []
-    for i in range(a.gpus):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i)}
-        processes.append(subprocess.Popen([sys.executable, *words, "--shard", f"{i}/{a.gpus}"], env=environment))
+    for i in range(num):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i % a.gpus)}
+        processes.append(subprocess.Popen([sys.executable, *sys.argv, "--shard", f"{i}/{num}"], env=environment))
     codes = [process.wait() for process in processes]
-    merge(a.out, [part(a.out, i, a.gpus) for i in range(a.gpus)])
+    merge(a.out, [part(a.out, i, num) for i in range(num)])
     if any(codes):
         raise SystemExit(f"the processes ended with {codes}, expected zeros; what they finished is in {a.out}, run it again for the rest")
     return True
