@@ -33,10 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import twofour
+from twofour.pruning.methods import METHODS
 
 log = logging.getLogger("accuracy_minilm")
-SHOWN = ("task", "seeds", "search", "steps", "lr", "batch", "labels", "distill", "images")
+SHOWN = ("task", "seeds", "search", "steps", "lr", "batch", "labels", "distill", "method", "images")
 TEMPERATURE = 2.0
+CALIBRATION_SENTENCES, CALIBRATION_ITEMS = 1024, 32
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Recipe:
 
     Attributes:
         batch: labelled items a step; STS-B adds twice as many sentences without labels.
+        method: of pruning, where the 2:4 network starts.
     """
 
     steps: int
@@ -52,6 +55,7 @@ class Recipe:
     batch: int
     labels: float
     distill: float
+    method: str = "sparsegpt"
     weight_decay: float = 0.01
 
     def lr_of(self, step: int) -> float:
@@ -175,10 +179,8 @@ class Sst2:
     names = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}  # noqa: RUF012 - never changed
 
 
-def train(
-    model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, pruning: twofour.Pruning | None, until: float = math.inf
-) -> float:
-    """Train in place and return the seconds.
+def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, sparse: bool, until: float = math.inf) -> float:
+    """Train in place, `sparse` with its zeros held, and return the seconds.
 
     Raises:
         TimeoutError: time is up.
@@ -192,7 +194,7 @@ def train(
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     on_gpu = task.example[0].is_cuda
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=on_gpu)
-    held = twofour.hold(model, optimizer, pruning) if pruning is not None else None
+    held = twofour.hold(model, optimizer) if sparse else None
     total = torch.zeros((), device=task.example[0].device)
     for step, batch in zip(range(recipe.steps), task.batches(recipe, seed), strict=False):
         for group in optimizer.param_groups:
@@ -229,7 +231,7 @@ def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, ste
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 log.info("dense: %d steps", steps)
-                train(model, model, task, replace(DENSE, steps=steps), seed=0, pruning=None)
+                train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False)
                 save_model(model, str(path.with_suffix(".tmp")))
                 path.with_suffix(".tmp").replace(path)
         load_model(model, path)
@@ -238,6 +240,26 @@ def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, ste
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def pruned(dense: Encoder, task: Any, method: str, kept: Path, tag: str) -> Encoder:
+    """Return the dense network pruned on the CPU; written to `kept` by whichever process comes first."""
+    kept.mkdir(parents=True, exist_ok=True)
+    path = kept / f"minilm-{tag}-{method}.safetensors"
+    model = copy.deepcopy(dense).cpu().eval()
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            tokens = task.tokens["train"]
+            chosen = sorted(range(min(CALIBRATION_SENTENCES, len(tokens))), key=lambda i: len(tokens.ids[i]))
+            parts = [chosen[at : at + CALIBRATION_ITEMS] for at in range(0, len(chosen), CALIBRATION_ITEMS)]
+            calibration = [tuple(t.cpu() for t in tokens.batch(which)) for which in parts]
+            batches = calibration if METHODS[method].is_calibrated else None
+            example = tuple(t.cpu() for t in task.example)
+            log.info("%s", twofour.prune(model, example, method=method, permute=False, calibration=batches, **PRUNED))
+            save_model(model, str(path.with_suffix(".tmp")))
+            path.with_suffix(".tmp").replace(path)
+    load_model(model, path)
+    return model.to(task.example[0].device)
 
 
 def recipes(search: bool, base: Recipe, task: str) -> list[Recipe]:
@@ -257,19 +279,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--labels", type=float)
     parser.add_argument("--distill", type=float)
+    parser.add_argument("--method", choices=list(METHODS), help="of pruning")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if shared_over_gpus(a):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    given = {name: getattr(a, name) for name in ("steps", "lr", "batch", "labels", "distill") if getattr(a, name) is not None}
+    given = {name: getattr(a, name) for name in ("steps", "lr", "batch", "labels", "distill", "method") if getattr(a, name) is not None}
     base = replace(RECIPES[a.task], **given)
     task: Any = (StsB if a.task == "stsb" else Sst2)(a.folder, device, a.images)
     record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
     dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps)
     teacher = copy.deepcopy(dense).eval().requires_grad_(False)
-    sparse = copy.deepcopy(dense).eval()
-    pruning = twofour.prune(sparse, task.example, permute=False, **PRUNED)
+    tag = f"{a.task}-{a.images or 'all'}-{a.steps or DENSE.steps}"
+    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
     splits = ["dev"] if a.search else ["dev", "test"]
     head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
 
@@ -277,17 +300,17 @@ def main() -> None:
         return [{**head, "data": task.names[split], **about, "value": task.judge(model, split)} for split in splits]
 
     record.add(*rows(dense, variant="dense", seed=None, recipe=None))
-    record.add(*rows(sparse, variant="2:4 one-shot, magnitude", seed=None, recipe=None, pruning=str(pruning)))
+    for method, model in sparse.items():
+        record.add(*rows(model, variant=f"2:4 one-shot, {method}", seed=None, recipe=None))
     for seed in range(a.shard[0], a.seeds, a.shard[1]):
         for recipe in recipes(a.search, base, a.task):
             for variant in (CONTROL, "2:4"):
                 about = {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
                 if record.has({**head, "data": task.names["dev"], **about}):
                     continue
-                model = copy.deepcopy(dense if variant == CONTROL else sparse)
-                held = pruning if variant == "2:4" else None
+                model = copy.deepcopy(dense if variant == CONTROL else sparse[base.method])
                 try:
-                    seconds = train(model, teacher, task, recipe, seed=seed, pruning=held, until=deadline(a))
+                    seconds = train(model, teacher, task, recipe, seed=seed, sparse=variant == "2:4", until=deadline(a))
                 except TimeoutError as error:
                     raise SystemExit(f"{error}; run the same command again to go on") from error
                 new = rows(model, **about, gpu_seconds=round(seconds / len(splits), 2))

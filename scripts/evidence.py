@@ -112,7 +112,9 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     """Return a recipe in few words."""
     length = f"{recipe['epochs']} epochs" if "epochs" in recipe else f"{recipe['steps']} steps"
     parts = [length, f"batch {recipe['batch']}", f"lr {recipe['lr']:g}"]
-    return ", ".join([*parts, *([f"distillation {recipe['distill']:g}"] if recipe["distill"] else [])])
+    if recipe["distill"]:
+        parts.append(f"distillation {recipe['distill']:g}")
+    return ", ".join([*parts, *([f"labels {recipe['labels']:g}", recipe["method"]] if "method" in recipe else [])])
 
 
 def spread(rows: Sequence[Row], variant: str) -> str:
