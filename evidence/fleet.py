@@ -266,7 +266,7 @@ class Member:
             weights = {name: p.detach().to(dtype if p.ndim > 1 else p.dtype) for name, p in teacher.named_parameters()}
             self.teacher = weights, dict(teacher.named_buffers())
         self.loss_sum = torch.zeros((), device=device)
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.stream: Any = torch.cuda.Stream(device) if on_gpu else None
 
     def step(self) -> None:
         """One training step; everything it reads and writes has a fixed place, so that it can be captured."""
@@ -320,20 +320,25 @@ class Member:
                 t.copy_(old)
 
 
-def capture(members: Sequence[Member], steps: int) -> torch.cuda.CUDAGraph:
+def capture(members: Sequence[Member], steps: int, pool: Any = None) -> torch.cuda.CUDAGraph:
     """Return a graph of that many steps of every member; each is a branch on its own stream.
+
+    Args:
+        pool: memory of another graph, which never runs at the same time; nothing in it outlives a replay.
 
     NOTE: libraries keep one workspace a stream, so members that run at the same time need streams of their own already in the capture.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         trunk = torch.cuda.current_stream()
+        # All branches leave the trunk before the first one joins it again: a later one would begin where the joined one ends.
         for member in members:
-            assert member.stream is not None
             member.stream.wait_stream(trunk)
+        for member in members:
             with torch.cuda.stream(member.stream):
                 for _ in range(steps):
                     member.step()
+        for member in members:
             trunk.wait_stream(member.stream)
     return graph
 
@@ -360,7 +365,10 @@ class Fleet:
                 member.warm_up()
             torch.cuda.current_stream().wait_stream(member.stream)
         if self.members[0].stream is not None:
-            self.graphs = {n: capture(self.members, n) for n in {min(self.steps_a_graph, self.steps_an_epoch), 1}}
+            pool = None
+            for n in sorted({min(self.steps_a_graph, self.steps_an_epoch), 1}, reverse=True):
+                self.graphs[n] = capture(self.members, n, pool)
+                pool = self.graphs[n].pool()
             torch.cuda.synchronize()
 
     def advance(self, steps: int) -> None:

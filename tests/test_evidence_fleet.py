@@ -1,5 +1,6 @@
 """The fleet of evidence/fleet.py on a CPU: it trains as the plain loop does, compiles an architecture once, goes on where it stopped."""
 
+import contextlib
 import copy
 import math
 import sys
@@ -154,3 +155,33 @@ def test_time_that_is_up_saves_and_says_so(
     with pytest.raises(fleet.OutOfTimeError, match="time is up after epoch 0 of 3"):
         fleet.train_together([member], say=lambda line: None, saved=tmp_path / "state", until=0.0)
     assert (tmp_path / "state").exists()
+
+
+def test_the_branches_of_a_capture_do_not_wait_for_each_other(fleet: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, object]] = []
+
+    class Stream:
+        """A stream that knows what must be done before its next launch."""
+
+        def __init__(self) -> None:
+            self.before: frozenset[object] = frozenset()
+
+        def wait_stream(self, other: "Stream") -> None:
+            self.before |= other.before
+
+    class Member:
+        def __init__(self, name: str) -> None:
+            self.name, self.stream = name, Stream()
+
+        def step(self) -> None:
+            events.append((self.name, self.stream.before))
+            self.stream.before |= {self.name}
+
+    trunk = Stream()
+    graph = contextlib.nullcontext()
+    for name, value in (("CUDAGraph", object), ("graph", lambda *a, **k: graph), ("stream", lambda s: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: trunk)
+    fleet.capture([Member("a"), Member("b")], 2)
+    assert events == [("a", frozenset()), ("a", {"a"}), ("b", frozenset()), ("b", {"b"})]
+    assert trunk.before == {"a", "b"}
