@@ -67,8 +67,7 @@ def main() -> None:
         program = Program(network(), compiled=device.type == "cuda", regions=network.regions)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
         dense, seconds = dense_network(net, data.train, a.folder, a.kept, published=False, recipe=usual, program=program)
-        log.info("%s: dense in %.0f s", net, seconds)
-        experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept)
+        experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
         try:
             experiment.run(wanted, range(a.shard[0], a.seeds, a.shard[1]))
         except OutOfTimeError as error:

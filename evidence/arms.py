@@ -101,6 +101,7 @@ class Experiment:
         fleet: networks trained at once.
         until: `time.monotonic()` after which no epoch begins.
         kept: where unfinished trainings lie.
+        dense_seconds: that the dense network's training took here and now.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Experiment:
     fleet: int
     until: float
     kept: Path
+    dense_seconds: float = 0.0
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
         """Train what is not in the record yet.
@@ -121,7 +123,8 @@ class Experiment:
         """
         plain = self.data.judged.plain()
         if not self.record.has(self.row("dense", None, None)):
-            self.record.add({**self.row("dense", None, None), "value": self.judge(self.dense, plain)})
+            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain)}
+            self.record.add({**row, "gpu_seconds": round(self.dense_seconds, 2)} if self.dense_seconds else row)
         left = [(arm, seed) for seed in seeds for arm in arms if not self.record.has(self.row(arm.variant, seed, arm.recipe))]
         starts: dict[tuple[Any, ...], tuple[nn.Module, twofour.Pruning | None]] = {}
         for (_, _), jobs in _grouped(left):

@@ -293,7 +293,7 @@ def draw(path: Path) -> None:
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set_yticks(range(len(found)), [f"{name_of(goal)}, {goal.data}" for goal, *_ in found])
         axes.invert_yaxis()
-        axes.set_xlabel("2:4 − dense with the same training, points; dot: mean, bar: 95 % interval, red: floor")
+        axes.set_xlabel("2:4 − dense with the same training, points; red: floor")
         axes.spines["right"].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
