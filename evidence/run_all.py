@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="of all together; what is unfinished is kept and gone on with")
     parser.add_argument("--kept", type=Path, default=Path("runs/evidence"), help="where dense networks and unfinished trainings lie")
     parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--extra", default="", help='further arguments of every command: --extra="--lr 0.1"')
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--trial", action="store_true")
     a = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
         job = JOBS[name]
         left = a.minutes - (time.monotonic() - started) / 60
         command = [*job.command(a.folder, a.out, name, a.trial), "--gpus", str(a.gpus), "--kept", str(a.kept)]
-        command += ["--per-gpu", "1"] * a.trial
+        command += ["--per-gpu", "1"] * a.trial + a.extra.split()
         log.info("%s (%.0f GPU minutes expected): %s", name, job.minutes, " ".join(command[1:]))
         if a.list:
             continue
