@@ -25,11 +25,11 @@ CONTROL = "dense + same training"
 CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
 
 
-def read_bytes(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return uint8 images `[n, 3, 32, 32]` and labels `[n]`."""
-    sheets = [np.asarray(Image.open(path)) for path in sorted(folder.glob(f"{split}_*.webp"))]
-    tiles = [s.reshape(50, 32, 50, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32) for s in sheets]
-    return torch.from_numpy(np.concatenate(tiles)), torch.from_numpy(np.load(folder / f"labels_{split}.npy").astype(np.int64))
+def read_bytes(folder: Path, split: str, num_sheets: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return uint8 images `[n, 3, 32, 32]` and labels `[n]`, of the first sheets of 2,500 or of all."""
+    sheets = [np.asarray(Image.open(path)) for path in sorted(folder.glob(f"{split}_*.webp"))[:num_sheets]]
+    images = np.concatenate([s.reshape(50, 32, 50, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32) for s in sheets])
+    return torch.from_numpy(images), torch.from_numpy(np.load(folder / f"labels_{split}.npy").astype(np.int64))[: len(images)]
 
 
 @dataclass(frozen=True)
