@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import torch
 from arms import CONTROL, Arm, Data, Experiment
-from fleet import OutOfTimeError, Program, Recipe, leave_default_stream
+from fleet import OutOfTimeError, Recipe, leave_default_stream
 from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
-from networks import NETWORKS, dense_network
+from networks import NETWORKS, dense_network, program_of
 
 log = logging.getLogger("ablations")
 SHOWN = ("nets", "seeds", "epochs", "lr", "distill", "batch", "weight_decay", "only", "images")
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--fleet", type=int, default=10, help="networks trained at once")
+    parser.add_argument("--compile", choices=["blocks", "whole", "off"], default="blocks", help="what is compiled at once, on a GPU")
     parser.add_argument("--dense-epochs", type=int, help="of the dense networks trained here, where not the usual")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -64,9 +65,9 @@ def main() -> None:
     wanted = [arm for name, group in chosen.items() if a.only is None or name in ("default", *a.only) for arm in group]
     for net in a.nets:
         network = NETWORKS[net]
-        program = Program(network(), compiled=device.type == "cuda", regions=network.regions)
+        program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
-        dense, seconds = dense_network(net, data.train, a.folder, a.kept, published=False, recipe=usual, program=program)
+        dense, seconds = dense_network(net, data.train, a.folder, a.kept, program, published=False, recipe=usual)
         experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
         try:
             experiment.run(wanted, range(a.shard[0], a.seeds, a.shard[1]))

@@ -19,9 +19,9 @@ from dataclasses import replace
 
 import torch
 from arms import CONTROL, Arm, Data, Experiment
-from fleet import OutOfTimeError, Program, Recipe, leave_default_stream
+from fleet import OutOfTimeError, Recipe, leave_default_stream
 from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
-from networks import NETWORKS, dense_network
+from networks import NETWORKS, dense_network, program_of
 
 log = logging.getLogger("accuracy_cifar")
 RECIPE = Recipe(epochs=40, lr=0.2, batch=512)
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=RECIPE.weight_decay)
     parser.add_argument("--permute", nargs="+", choices=["off", "on"], default=["off"], help="the channel orders to prune in")
     parser.add_argument("--fleet", type=int, default=10, help="networks trained at once")
+    parser.add_argument("--compile", choices=["blocks", "whole", "off"], default="blocks", help="what is compiled at once, on a GPU")
     parser.add_argument("--dense-epochs", type=int, help="of the dense networks trained here, where not the usual")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -68,9 +69,9 @@ def main() -> None:
     ]
     for net in a.nets:
         network = NETWORKS[net]
-        program = Program(network(), compiled=device.type == "cuda", regions=network.regions)
+        program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
-        dense, seconds = dense_network(net, data.train, a.folder, a.kept, published=not a.search, recipe=usual, program=program)
+        dense, seconds = dense_network(net, data.train, a.folder, a.kept, program, published=not a.search, recipe=usual)
         experiment = Experiment("retraining", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
         try:
             experiment.run(arms, range(a.shard[0], a.seeds, a.shard[1]))

@@ -118,8 +118,14 @@ NETWORKS = {
 }
 
 
+def program_of(network: Network, how: str) -> Program:
+    """Return the program of an architecture: compiled `blocks` (alike ones once), `whole`, or `off`; without a GPU always off."""
+    compiled = how != "off" and torch.cuda.is_available()
+    return Program(network(), compiled=compiled, regions=network.regions if how == "blocks" else ())
+
+
 def dense_network(
-    name: str, train: Images, folder: Path, kept: Path, *, published: bool, recipe: Recipe | None = None, program: Program | None = None
+    name: str, train: Images, folder: Path, kept: Path, program: Program, *, published: bool, recipe: Recipe | None = None
 ) -> tuple[nn.Module, float]:
     """Return the dense network and the seconds its training took here, 0 if none.
 
@@ -142,7 +148,6 @@ def dense_network(
         if not path.exists():
             torch.manual_seed(0)
             model = network()
-            program = program or Program(model, compiled=torch.cuda.is_available(), regions=network.regions)
             member = Member(model, program, train, recipe, seed=0)
             log.info("%s: dense, %s", name, recipe)
             seconds = sum(train_together([member], say=lambda line: log.info("%s dense %s", name, line)))
