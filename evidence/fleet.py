@@ -1,23 +1,36 @@
-"""Many small networks trained at once on one GPU: each step of each network is one CUDA graph on a stream of its own.
+"""Many small networks trained at once on one GPU: all steps of all networks in one CUDA graph, a branch a network.
 
-A network this small leaves most of a GPU idle and spends its time on launches. A step is captured once, with its augmentation, its masks
-and its learning rate, and replayed; the networks of a fleet take turns on the host and run side by side on the GPU. Without a GPU the same
-steps run one after the other.
+A network this small leaves most of a GPU idle and spends its time on launches. Forward, loss and gradients are compiled once an
+architecture and shared by all networks that have it; the weights reach the compiled code as arguments. Several steps of every network,
+with augmentation, masks and learning rate, are captured into one graph, in which each network is a branch of its own. Without a GPU the
+same steps run one after the other.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import twofour
+from twofour.training import sr_ste
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4
+TEMPERATURE = 4.0
+STEPS_A_GRAPH = 8
+NEVER = 2**31
+
+
+class OutOfTimeError(RuntimeError):
+    """Training stopped at the end of an epoch because its time was up; its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +76,143 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Return fp32 channels-last images."""
-        return ((pixels.float() / 255 - self.mean) / self.std).to(memory_format=torch.channels_last)
-
     def plain(self) -> Tensor:
         """Return all images, normalised."""
-        return self.normalised(self.padded[:, :, PAD:-PAD, PAD:-PAD])
+        return normalised(self.padded[:, :, PAD:-PAD, PAD:-PAD], self.mean, self.std)
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return fp32 channels-last images."""
+    return ((pixels.float() / 255 - mean) / std).to(memory_format=torch.channels_last)
+
+
+@dataclass
+class Feed:
+    """The images of an epoch in order, each with its crop and flip, and where training stands. Every tensor keeps its place."""
+
+    images: Images
+    rates: Tensor
+    batch: int
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        n, device = len(self.images), self.images.labels.device
+        self.order = torch.zeros(n, dtype=torch.long, device=device)
+        self.shift = torch.zeros(2, n, dtype=torch.long, device=device)
+        self.flip = torch.zeros(n, dtype=torch.bool, device=device)
+        self.step_index = torch.zeros(1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.in_batch, self.pixel = torch.arange(self.batch, device=device), torch.arange(32, device=device)
+        self.channel = torch.arange(3, device=device)[None, :, None, None]
+        # A tensor, so that a captured step reads it; only the fused optimizer takes one.
+        self.lr = self.rates[0].clone()
+
+    def shuffle(self) -> None:
+        """Draw the next epoch's order, crops and flips."""
+        n, g, device = len(self.images), self.generator, self.order.device
+        self.order.copy_(torch.randperm(n, generator=g, device=device))
+        self.shift.copy_(torch.randint(0, 2 * PAD + 1, self.shift.shape, generator=g, device=device))
+        self.flip.copy_(torch.rand(n, generator=g, device=device) < 0.5)
+        self.position.zero_()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what `next_batch` takes."""
+        i = self.images
+        where = (self.order, self.shift, self.flip, self.position, self.in_batch, self.pixel, self.channel)
+        return (i.padded, i.labels, i.mean, i.std, *where, self.rates, self.step_index, self.lr)
+
+
+def next_batch(
+    padded: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    order: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    position: Tensor,
+    in_batch: Tensor,
+    pixel: Tensor,
+    channel: Tensor,
+    rates: Tensor,
+    step_index: Tensor,
+    lr: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the next images, augmented, and their labels; set the learning rate and move on by one step."""
+    ids = order[position + in_batch]
+    rows = shift[0, ids][:, None] + pixel
+    columns = shift[1, ids][:, None] + torch.where(flip[ids][:, None], 31 - pixel, pixel)
+    pixels = padded[ids[:, None, None, None], channel, rows[:, None, :, None], columns[:, None, None, :]]
+    lr.copy_(rates[step_index][0])
+    position.add_(len(in_batch))
+    step_index.add_(1)
+    return normalised(pixels, mean, std), labels[ids]
+
+
+class Program:
+    """Batches, loss and outputs of one architecture, for all networks that have it.
+
+    Compiled, a second network of the architecture compiles nothing: parameters and buffers are arguments.
+
+    Attributes:
+        bf16: whether convolutions and linear layers run in bf16, as under autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compiled: bool,
+        regions: tuple[type[nn.Module], ...] = (),
+        backend: str = "inductor",
+        bf16: bool = torch.cuda.is_available(),
+    ) -> None:
+        """Take a network of the architecture; its values do not matter.
+
+        Args:
+            regions: compile modules of these classes one by one, alike ones once, instead of the whole: compiling takes seconds at
+                any depth.
+        """
+        self.training, self.inference = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+        self.bf16 = bf16
+        self.next_batch: Callable[..., tuple[Tensor, Tensor]] = next_batch
+        self.loss: Callable[..., Tensor] = self._loss
+        self.logits: Callable[..., Tensor] = self._logits
+        if not compiled:
+            return
+        # One code object serves all architectures, batch sizes and modes: the default of 8 is soon used up.
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.accumulated_recompile_limit = 4096
+        how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
+        self.next_batch = torch.compile(next_batch, **how)
+        if regions:
+            for network in (self.training, self.inference):
+                for module in network.modules():
+                    if isinstance(module, regions):
+                        module.compile(**how)
+        else:
+            self.loss, self.logits = torch.compile(self._loss, **how), torch.compile(self._logits, **how)
+
+    def _loss(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, labels: Tensor, soft: Tensor | None, distill: Tensor
+    ) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            y = functional_call(self.training, (parameters, buffers), (x,)).float()
+            loss = F.cross_entropy(y, labels)
+            if soft is None:
+                return loss
+            mine, theirs = (y / TEMPERATURE).log_softmax(1), (soft / TEMPERATURE).log_softmax(1)
+            matched = F.kl_div(mine, theirs, log_target=True, reduction="batchmean")
+            return (1 - distill) * loss + distill * TEMPERATURE**2 * matched
+
+    @torch.no_grad()
+    def _logits(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return functional_call(self.inference, (parameters, buffers), (x,)).float()  # type: ignore[no-any-return]
 
 
 class Member:
-    """One network with its optimizer, its order of the images and its captured step.
+    """One network with its optimizer and its order of the images.
 
     Attributes:
         about: what its row says: variant, seed.
@@ -82,108 +221,220 @@ class Member:
     def __init__(
         self,
         model: nn.Module,
+        program: Program,
         images: Images,
         recipe: Recipe,
         *,
         seed: int,
         pruning: twofour.Pruning | None = None,
+        recomputed: bool = False,
         teacher: nn.Module | None = None,
-        about: dict[str, object] | None = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
+        """Take a network on any device.
+
+        Args:
+            pruning: its masks are held.
+            recomputed: only their names count: the masks follow the dense weights, every few steps (SR-STE).
+        """
         device = images.labels.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.images, self.recipe, self.about = images, recipe, about or {}
-        self.teacher = teacher.to(device, memory_format=torch.channels_last).eval() if teacher is not None and recipe.distill else None
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.program, self.recipe, self.about = program, recipe, about or {}
         self.steps_an_epoch = len(images) // recipe.batch
         rates = [recipe.lr_of(step, self.steps_an_epoch) for step in range(recipe.epochs * self.steps_an_epoch)]
-        self.rates = torch.tensor(rates, device=device)
+        self.feed = Feed(images, torch.tensor(rates, device=device), recipe.batch, torch.Generator(device).manual_seed(seed))
         on_gpu = device.type == "cuda"
-        # A tensor, so that a captured step reads it; only the fused form takes one.
-        self.lr = torch.tensor(recipe.lr, device=device)
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=self.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=on_gpu
+            self.model.parameters(), lr=self.feed.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay, fused=on_gpu
         )
-        self.held = twofour.hold(self.model, self.optimizer, pruning) if pruning is not None else None
-        n = len(images)
-        self.order = torch.zeros(n, dtype=torch.long, device=device)
-        self.shift = torch.zeros(2, n, dtype=torch.long, device=device)
-        self.flip = torch.zeros(n, dtype=torch.bool, device=device)
-        self.step_index = torch.zeros(1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.in_batch, self.pixel = torch.arange(recipe.batch, device=device), torch.arange(32, device=device)
-        self.channel = torch.arange(3, device=device)[None, :, None, None]
+        self.held = twofour.hold(self.model, self.optimizer, pruning) if pruning is not None and not recomputed else None
+        self.scratch = sr_ste(self.model, self.optimizer, pruning.masks, every=NEVER) if pruning is not None and recomputed else None
+        self.parameters, self.buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        # What autocast would cast to bf16 at each use, cast once a step by one launch for all of them.
+        self.wide = [p for p in self.parameters.values() if p.ndim > 1]
+        dtype = torch.bfloat16 if program.bf16 else torch.float32
+        self.narrow = [p.detach().to(dtype, copy=True).requires_grad_() for p in self.wide]
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        replaced = dict(zip(map(id, self.wide), self.narrow, strict=True))
+        self.leaves: dict[str, Tensor] = {name: replaced.get(id(p), p) for name, p in self.parameters.items()}
+        self.distill = torch.tensor(recipe.distill, device=device)
+        self.teacher: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        if teacher is not None and recipe.distill:
+            teacher = teacher.to(device, memory_format=torch.channels_last)
+            weights = {name: p.detach().to(dtype if p.ndim > 1 else p.dtype) for name, p in teacher.named_parameters()}
+            self.teacher = weights, dict(teacher.named_buffers())
         self.loss_sum = torch.zeros((), device=device)
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def shuffle(self) -> None:
-        """Draw the next epoch's order, crops and flips."""
-        n, g = len(self.images), self.generator
-        self.order.copy_(torch.randperm(n, generator=g, device=self.order.device))
-        self.shift.copy_(torch.randint(0, 2 * PAD + 1, self.shift.shape, generator=g, device=self.order.device))
-        self.flip.copy_(torch.rand(n, generator=g, device=self.order.device) < 0.5)
-        self.position.zero_()
-        self.loss_sum.zero_()
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Return the next images, augmented, and their labels."""
-        ids = self.order[self.position + self.in_batch]
-        rows = self.shift[0, ids][:, None] + self.pixel
-        columns = self.shift[1, ids][:, None] + torch.where(self.flip[ids][:, None], 31 - self.pixel, self.pixel)
-        pixels = self.images.padded[ids[:, None, None, None], self.channel, rows[:, None, :, None], columns[:, None, None, :]]
-        return self.images.normalised(pixels), self.images.labels[ids]
+        self.stream: Any = torch.cuda.Stream(device) if on_gpu else None
 
     def step(self) -> None:
         """One training step; everything it reads and writes has a fixed place, so that it can be captured."""
-        self.lr.copy_(self.rates[self.step_index][0])
-        self.optimizer.zero_grad(set_to_none=True)
-        x, labels = self.batch()
-        with torch.autocast(x.device.type, torch.bfloat16):
-            y = self.model(x).float()
-            loss = F.cross_entropy(y, labels)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    soft = (self.teacher(x).float() / 4).log_softmax(1)
-                matched = F.kl_div((y / 4).log_softmax(1), soft, log_target=True, reduction="batchmean")
-                loss = (1 - self.recipe.distill) * loss + self.recipe.distill * 16 * matched
-        loss.backward()
+        x, labels = self.program.next_batch(*self.feed.tensors())
+        with torch.no_grad():
+            torch._foreach_copy_(self.narrow, self.wide)
+        soft = self.program.logits(*self.teacher, x) if self.teacher is not None else None
+        loss = self.program.loss(self.leaves, self.buffers, x, labels, soft, self.distill)
+        gradients = torch.autograd.grad(loss, list(self.leaves.values()))
+        torch._foreach_copy_([p.grad for p in self.parameters.values()], list(gradients))
         self.optimizer.step()
         self.loss_sum += loss.detach()
-        self.position += self.recipe.batch
-        self.step_index += 1
 
-    def capture(self) -> None:
-        """Capture the step on this member's own stream; weights, statistics and momentum are as before."""
-        if self.stream is None:
+    def changed(self) -> list[Tensor]:
+        """Return all that steps change."""
+        momenta = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters.values()]
+        own = [self.feed.step_index, self.feed.position, self.loss_sum]
+        scratch = [] if self.scratch is None else [*self.scratch.dense.values(), *self.scratch.masks.values()]
+        return [*self.parameters.values(), *self.buffers.values(), *momenta, *own, *scratch]
+
+    def recompute(self) -> None:
+        """Let the masks follow the dense weights, if they do; a captured step goes on reading them where they were."""
+        if self.scratch is None:
             return
-        kept = [t.clone() for t in self._changed()]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Its own stream: libraries keep one workspace a stream, and members run at the same time.
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        placed = dict(self.scratch.masks)
+        self.scratch.recompute()
+        for name, mask in placed.items():
+            mask.copy_(self.scratch.masks[name])
+            self.scratch.masks[name] = mask
+        self.scratch.apply()
+
+    def finish(self) -> None:
+        """Check that held weights are zero and let go.
+
+        Raises:
+            twofour.errors.VerificationError: a held weight moved.
+        """
+        if self.held is not None:
+            self.held.check()
+            self.held.remove()
+        if self.scratch is not None:
+            self.scratch.remove()
+
+    def warm_up(self) -> None:
+        """Let libraries and compilers choose and allocate what they need; every value is as before."""
+        kept = [t.clone() for t in self.changed()]
+        for _ in range(3):
             self.step()
         with torch.no_grad():
-            for t, old in zip(self._changed(), kept, strict=True):
+            for t, old in zip(self.changed(), kept, strict=True):
                 t.copy_(old)
-            for state in self.optimizer.state.values():
-                state["momentum_buffer"].zero_()
-        torch.cuda.synchronize()
 
-    def _changed(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers(), self.step_index, self.position, self.loss_sum]
 
-    def advance(self) -> None:
-        """Run one step."""
-        if self.graph is None:
-            self.step()
+def capture(members: Sequence[Member], steps: int, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Return a graph of that many steps of every member; each is a branch on its own stream.
+
+    Args:
+        pool: memory of another graph, which never runs at the same time; nothing in it outlives a replay.
+
+    NOTE: libraries keep one workspace a stream, so members that run at the same time need streams of their own already in the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        trunk = torch.cuda.current_stream()
+        # All branches leave the trunk before the first one joins it again: a later one would begin where the joined one ends.
+        for member in members:
+            member.stream.wait_stream(trunk)
+        for member in members:
+            with torch.cuda.stream(member.stream):
+                for _ in range(steps):
+                    member.step()
+        for member in members:
+            trunk.wait_stream(member.stream)
+    return graph
+
+
+class Fleet:
+    """Members that share the length of a recipe, and on a GPU the graphs of their steps."""
+
+    def __init__(self, members: Sequence[Member], steps_a_graph: int = STEPS_A_GRAPH) -> None:
+        self.members, self.steps_a_graph, self.epoch = list(members), steps_a_graph, 0
+        self.epochs, self.steps_an_epoch = members[0].recipe.epochs, members[0].steps_an_epoch
+        if any((m.recipe.epochs, m.steps_an_epoch) != (self.epochs, self.steps_an_epoch) for m in members):
+            raise ValueError("the members of a fleet differ in epochs or steps an epoch, expected the same")
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def prepare(self) -> None:
+        """Shuffle, warm up and capture."""
+        for member in self.members:
+            member.feed.shuffle()
+            member.feed.generator.manual_seed(member.feed.generator.initial_seed())
+            if member.stream is None:
+                continue
+            member.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(member.stream):
+                member.warm_up()
+            torch.cuda.current_stream().wait_stream(member.stream)
+        if self.members[0].stream is not None:
+            pool = None
+            for n in sorted({min(self.steps_a_graph, self.steps_an_epoch), 1}, reverse=True):
+                self.graphs[n] = capture(self.members, n, pool)
+                pool = self.graphs[n].pool()
+            torch.cuda.synchronize()
+
+    def advance(self, steps: int) -> None:
+        """Run that many steps of every member; masks that are not held are recomputed before every `steps_a_graph` of them."""
+        while steps:
+            n = min(self.steps_a_graph, steps)
+            for member in self.members:
+                member.recompute()
+            if n in self.graphs:
+                self.graphs[n].replay()
+            else:
+                for _ in range(n):
+                    self.one_step()
+            steps -= n
+
+    def one_step(self) -> None:
+        """Run one step of every member."""
+        if self.graphs:
+            self.graphs[1].replay()
             return
-        with torch.cuda.stream(self.stream):
-            self.graph.replay()
+        for member in self.members:
+            member.step()
+
+    def run_epoch(self) -> list[float]:
+        """Train every member for one epoch and return their mean losses.
+
+        Raises:
+            RuntimeError: a loss is not finite.
+        """
+        for member in self.members:
+            member.feed.shuffle()
+            member.loss_sum.zero_()
+        self.advance(self.steps_an_epoch)
+        self.epoch += 1
+        losses: list[float] = (torch.stack([m.loss_sum for m in self.members]) / self.steps_an_epoch).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise RuntimeError(f"epoch {self.epoch}: losses {losses}, expected finite numbers; lower the learning rate")
+        return losses
+
+    def save(self, path: Path) -> None:
+        """Write all that training goes on from."""
+        state = {
+            "epoch": self.epoch,
+            "about": repr([(m.about, m.recipe) for m in self.members]),
+            "tensors": [[t.cpu() for t in m.changed()] for m in self.members],
+            "generators": [m.feed.generator.get_state() for m in self.members],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; call it after `prepare`.
+
+        Raises:
+            ValueError: it is of other members.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["about"] != repr([(m.about, m.recipe) for m in self.members]):
+            raise ValueError(f"{path} is of other networks, expected those of this run; remove it")
+        self.epoch = state["epoch"]
+        with torch.no_grad():
+            for member, tensors, generator in zip(self.members, state["tensors"], state["generators"], strict=True):
+                member.feed.generator.set_state(generator)
+                for t, saved in zip(member.changed(), tensors, strict=True):
+                    t.copy_(saved)
 
 
 @torch.inference_mode()
@@ -191,41 +442,45 @@ def accuracy_percent(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return top-1 accuracy in percent, computed in fp32."""
     training = model.training
     model.eval()
-    correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
     model.train(training)
     return 100 * correct / len(labels)
 
 
-def train_together(members: Sequence[Member], *, say: Callable[[str], None]) -> float:
-    """Train all members, which share a recipe's length, to the end; return the seconds it took.
+def train_together(
+    members: Sequence[Member], *, say: Callable[[str], None], saved: Path | None = None, until: float = math.inf
+) -> tuple[float, float]:
+    """Train all members, which share a recipe's length, to the end; return the seconds of training and those of preparation.
+
+    Args:
+        saved: where state is kept when time is up, and gone on from if it is there; removed at the end.
+        until: `time.monotonic()` at which no further epoch begins.
 
     Raises:
-        RuntimeError: a loss is not finite, or a held weight moved.
+        OutOfTimeError: time is up; the state was saved.
+        RuntimeError: a loss is not finite.
+        twofour.errors.VerificationError: a held weight moved.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
+    fleet = Fleet(members)
+    fleet.prepare()
+    prepared = time.monotonic()
+    if saved is not None and saved.exists():
+        fleet.load(saved)
+    first = fleet.epoch
+    while fleet.epoch < fleet.epochs:
+        now = time.monotonic()
+        an_epoch = (now - prepared) / (fleet.epoch - first) if fleet.epoch > first else 0.0
+        if now + an_epoch > until:
+            if saved is not None:
+                fleet.save(saved)
+            raise OutOfTimeError(f"time is up after epoch {fleet.epoch} of {fleet.epochs}")
+        losses = fleet.run_epoch()
+        left = (time.monotonic() - prepared) / (fleet.epoch - first) * (fleet.epochs - fleet.epoch)
+        say(f"epoch {fleet.epoch}/{fleet.epochs}: mean loss {sum(losses) / len(losses):.4f}, {left:.0f} s left")
     for member in members:
-        member.shuffle()
-        member.capture()
-    epochs, steps = members[0].recipe.epochs, members[0].steps_an_epoch
-    for epoch in range(epochs):
-        for member in members:
-            if member.stream is not None:
-                torch.cuda.current_stream().wait_stream(member.stream)
-            member.shuffle()
-            if member.stream is not None:
-                member.stream.wait_stream(torch.cuda.current_stream())
-        for _ in range(steps):
-            for member in members:
-                member.advance()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        losses = [float(member.loss_sum) / steps for member in members]
-        if not all(map(math.isfinite, losses)):
-            raise RuntimeError(f"epoch {epoch + 1}: losses {losses}, expected finite numbers; lower the learning rate")
-        left = (time.perf_counter() - started) / (epoch + 1) * (epochs - epoch - 1)
-        say(f"epoch {epoch + 1}/{epochs}: mean loss {sum(losses) / len(losses):.4f}, {left:.0f} s left")
-    for member in members:
-        if member.held is not None:
-            member.held.check()
-            member.held.remove()
-    return time.perf_counter() - started
+        member.finish()
+    if saved is not None:
+        saved.unlink(missing_ok=True)
+    return time.monotonic() - prepared, prepared - started

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_cifar import read_bytes
 from accuracy_oneshot import CifarResNet, load
-from fleet import MEAN, STD, Images, Member, Recipe, accuracy_percent, leave_default_stream, train_together
+from arms import read_bytes
+from fleet import MEAN, STD, Images, Member, Program, Recipe, accuracy_percent, leave_default_stream, train_together
 
 import twofour
 
@@ -46,8 +46,9 @@ def retrain(
         batches = calibration_batches(pixels, *calibration)
         pruning = twofour.prune(model, (batches[0][:2],), method=method, permute=False, calibration=batches, reestimate=False)
     train = Images(pixels, labels, torch.device(device))
-    member = Member(model, train, recipe, seed=seed, pruning=pruning, teacher=dense.requires_grad_(False))
-    seconds = train_together([member], say=log.info)
+    program = Program(dense, compiled=False, bf16=True)
+    member = Member(model, program, train, recipe, seed=seed, pruning=pruning, teacher=dense.requires_grad_(False))
+    seconds = sum(train_together([member], say=log.info))
     test = Images(*read_bytes(folder / "cifar10", "te"), torch.device(device))
     row = {"net": net, "data": "CIFAR-10 test", "seed": seed, "metric": "accuracy", "variant": VARIANT.get(method, "2:4 retrained")}
     row |= {"method": "" if method == "dense" else method, "permuted": False, "recipe": asdict(recipe), "images": len(train)}

@@ -1,0 +1,323 @@
+"""MiniLM pruned to 2:4 and trained on with distillation, beside the dense network given the same training: STS-B and SST-2.
+
+    python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-stsb.json --task stsb
+    python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-sst2.json --task sst2
+    python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-stsb-recipe.json --task stsb --search --seeds 1
+
+FOLDER as in `methods.py`, with `glue-sst2/`, `mrpc/` and `sick/` beside the others. Both arms start from the same dense weights, see the
+same batches in the same order and are pulled towards the same dense network: its hidden states, and its embeddings or logits. STS-B: all
+36 linear layers of the encoder, Spearman of the cosine of mean-pooled embeddings; the labels are those of STS-B, the further sentences
+for distillation have none. SST-2: a classifier is trained on the dense encoder first. Recipes are chosen on dev, the test split is
+reported.
+"""
+
+import argparse
+import copy
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import CONTROL
+from filelock import FileLock
+from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
+from safetensors.torch import load_model, save_model
+from scipy.stats import spearmanr
+from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import twofour
+from twofour.pruning.methods import METHODS
+
+log = logging.getLogger("accuracy_minilm")
+SHOWN = ("task", "seeds", "search", "steps", "lr", "batch", "labels", "distill", "method", "images")
+TEMPERATURE = 2.0
+CALIBRATION_SENTENCES, CALIBRATION_ITEMS = 1024, 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW, a tenth of the steps of linear warm-up, cosine to zero; loss = labels · task + distill · (hidden states + outputs).
+
+    Attributes:
+        batch: labelled items a step; STS-B adds twice as many sentences without labels.
+        method: of pruning, where the 2:4 network starts.
+    """
+
+    steps: int
+    lr: float
+    batch: int
+    labels: float
+    distill: float
+    method: str = "sparsegpt"
+    weight_decay: float = 0.01
+
+    def lr_of(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warm = min(1.0, (step + 1) / max(1, self.steps // 10))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+RECIPES = {
+    "stsb": Recipe(steps=2000, lr=2e-4, batch=32, labels=1.0, distill=1.0),
+    "sst2": Recipe(steps=2800, lr=1e-4, batch=64, labels=0.5, distill=1.0),
+}
+DENSE = Recipe(steps=2800, lr=5e-5, batch=64, labels=1.0, distill=0.0)
+SEARCH = {"stsb": ((1e-4, 4e-4), (0.0, 1.0), (1.0,)), "sst2": ((5e-5, 2e-4), (0.5,), (0.0, 1.0))}
+
+
+def orders(num: int, items: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Give batches of indices without end, every index once an epoch."""
+    while True:
+        for part in torch.randperm(num, generator=generator).split(items):
+            if len(part) == items or num < items:
+                yield part.tolist()
+
+
+def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the mean over layers of ‖h − t‖² / ‖t‖² over the tokens that count."""
+    parts = []
+    for h, t in zip(student[1:], teacher[1:], strict=True):
+        counted = mask[..., None]
+        parts.append((((h - t).float() ** 2) * counted).sum() / ((t.float() ** 2) * counted).sum())
+    return torch.stack(parts).mean()
+
+
+class StsB:
+    """Pairs with scores, and sentences without."""
+
+    num_classes = 0
+    metric = "Spearman"
+
+    def __init__(self, folder: Path, device: torch.device, limit: int | None) -> None:
+        self.tokens, self.scores = {}, {}
+        for split in ("train", "dev", "test"):
+            lines = pairs(folder, split)[:limit]
+            self.tokens[split] = Tokens(folder, [text for one, other, _ in lines for text in (one, other)], device)
+            self.scores[split] = torch.tensor([score for *_, score in lines], device=device)
+        others = Tokens(folder, unlabelled(folder)[:limit], device)
+        self.num_others = len(others)
+        # The sentences of the pairs first, then those without a label.
+        self.tokens["train"].ids += others.ids
+        self.example = self.tokens["train"].batch([0, 1])
+
+    def batches(self, recipe: Recipe, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Give indices of pairs and of further sentences without end."""
+        g = torch.Generator().manual_seed(seed)
+        return zip(orders(len(self.scores["train"]), recipe.batch, g), orders(self.num_others, 2 * recipe.batch, g), strict=True)
+
+    def loss(self, model: Encoder, teacher: Encoder, batch: tuple[list[int], list[int]], recipe: Recipe) -> Tensor:
+        """Return the loss of one step."""
+        chosen, further = batch
+        which = [2 * i + k for i in chosen for k in (0, 1)]
+        num_paired = len(which)
+        if recipe.distill:
+            which += [2 * len(self.scores["train"]) + i for i in further]
+        ids, mask = self.tokens["train"].batch(which)
+        outputs, states = model.with_states(ids, mask)
+        e = F.normalize(outputs[:num_paired].float(), dim=1)
+        loss = recipe.labels * F.mse_loss((e[0::2] * e[1::2]).sum(1), self.scores["train"][chosen] / 5)
+        if recipe.distill:
+            with torch.no_grad():
+                theirs, their_states = teacher.with_states(ids, mask)
+            turned = 1 - F.cosine_similarity(outputs.float(), theirs.float())
+            loss = loss + recipe.distill * (apart(states, their_states, mask) + turned.mean())
+        return loss
+
+    def judge(self, model: nn.Module, split: str) -> float:
+        """Return Spearman's correlation × 100 of cosines and scores."""
+        e = F.normalize(self.tokens[split].outputs(model).float(), dim=1)
+        cosine = (e[0::2] * e[1::2]).sum(1)
+        return round(100 * float(spearmanr(cosine.cpu().numpy(), self.scores[split].cpu().numpy()).statistic), 4)
+
+    names = {"dev": "STS-B dev", "test": "STS-B test"}  # noqa: RUF012 - never changed
+
+
+class Sst2:
+    """Sentences with one of two labels."""
+
+    num_classes = 2
+    metric = "accuracy"
+
+    def __init__(self, folder: Path, device: torch.device, limit: int | None) -> None:
+        self.tokens, self.labels = {}, {}
+        for split in ("train", "dev", "test"):
+            lines = labelled(folder, split)[:limit]
+            self.tokens[split] = Tokens(folder, [text for text, _ in lines], device)
+            self.labels[split] = torch.tensor([label for _, label in lines], device=device)
+        self.example = self.tokens["train"].batch([0, 1])
+
+    def batches(self, recipe: Recipe, seed: int) -> Iterator[list[int]]:
+        """Give indices of sentences without end."""
+        return orders(len(self.labels["train"]), recipe.batch, torch.Generator().manual_seed(seed))
+
+    def loss(self, model: Encoder, teacher: Encoder, batch: list[int], recipe: Recipe) -> Tensor:
+        """Return the loss of one step."""
+        ids, mask = self.tokens["train"].batch(batch)
+        y, states = model.with_states(ids, mask)
+        y = y.float()
+        loss = recipe.labels * F.cross_entropy(y, self.labels["train"][batch])
+        if recipe.distill:
+            with torch.no_grad():
+                theirs, their_states = teacher.with_states(ids, mask)
+                soft = (theirs.float() / TEMPERATURE).log_softmax(1)
+            matched = F.kl_div((y / TEMPERATURE).log_softmax(1), soft, log_target=True, reduction="batchmean")
+            loss = loss + recipe.distill * (TEMPERATURE**2 * matched + apart(states, their_states, mask))
+        return loss
+
+    def judge(self, model: nn.Module, split: str) -> float:
+        """Return the accuracy in percent."""
+        right = self.tokens[split].outputs(model).argmax(1) == self.labels[split]
+        return round(100 * float(right.double().mean()), 4)
+
+    names = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}  # noqa: RUF012 - never changed
+
+
+def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, sparse: bool, until: float = math.inf) -> float:
+    """Train in place, `sparse` with its zeros held, and return the seconds.
+
+    Raises:
+        TimeoutError: time is up.
+        RuntimeError: the loss is not finite.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    model.train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    on_gpu = task.example[0].is_cuda
+    # NOTE: without labels the dense control has next to no gradient; a smaller eps would blow its rounding up to whole steps.
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, eps=1e-6, fused=on_gpu)
+    held = twofour.hold(model, optimizer) if sparse else None
+    total = torch.zeros((), device=task.example[0].device)
+    for step, batch in zip(range(recipe.steps), task.batches(recipe, seed), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_of(step)
+        with torch.autocast(task.example[0].device.type, torch.bfloat16, enabled=on_gpu):
+            loss = task.loss(model, teacher, batch, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach()
+        if (step + 1) % 200 == 0:
+            mean = float(total) / 200
+            total.zero_()
+            if not math.isfinite(mean):
+                raise RuntimeError(f"step {step + 1}: mean loss {mean}, expected a finite number; lower the learning rate")
+            log.info("step %d/%d: mean loss %.4f, %.0f s", step + 1, recipe.steps, mean, time.monotonic() - started)
+            if time.monotonic() > until:
+                raise TimeoutError(f"time is up after step {step + 1} of {recipe.steps}")
+    if held is not None:
+        held.check()
+        held.remove()
+    return time.monotonic() - started
+
+
+def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, steps: int) -> Encoder:
+    """Return the published encoder, for SST-2 with a classifier that is trained here once and written to `kept`."""
+    torch.manual_seed(0)
+    dropout = 0.1 if task.num_classes else 0.0
+    model = published_encoder(folder, num_classes=task.num_classes, dropout=dropout).to(device)
+    if task.num_classes:
+        kept.mkdir(parents=True, exist_ok=True)
+        path = kept / f"minilm-sst2-{len(task.labels['train'])}-sentences-{steps}-steps.safetensors"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                log.info("dense: %d steps", steps)
+                train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False)
+                save_model(model, str(path.with_suffix(".tmp")))
+                path.with_suffix(".tmp").replace(path)
+        load_model(model, path)
+    for module in model.modules():
+        # The pull towards the dense network's states asks for the same function of the same input.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def pruned(dense: Encoder, task: Any, method: str, kept: Path, tag: str) -> Encoder:
+    """Return the dense network pruned on the CPU; written to `kept` by whichever process comes first."""
+    kept.mkdir(parents=True, exist_ok=True)
+    path = kept / f"minilm-{tag}-{method}.safetensors"
+    model = copy.deepcopy(dense).cpu().eval()
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            tokens = task.tokens["train"]
+            chosen = sorted(range(min(CALIBRATION_SENTENCES, len(tokens))), key=lambda i: len(tokens.ids[i]))
+            parts = [chosen[at : at + CALIBRATION_ITEMS] for at in range(0, len(chosen), CALIBRATION_ITEMS)]
+            calibration = [tuple(t.cpu() for t in tokens.batch(which)) for which in parts]
+            batches = calibration if METHODS[method].is_calibrated else None
+            example = tuple(t.cpu() for t in task.example)
+            log.info("%s", twofour.prune(model, example, method=method, permute=False, calibration=batches, **PRUNED))
+            save_model(model, str(path.with_suffix(".tmp")))
+            path.with_suffix(".tmp").replace(path)
+    load_model(model, path)
+    return model.to(task.example[0].device)
+
+
+def recipes(search: bool, base: Recipe, task: str) -> list[Recipe]:
+    """Return the recipes to try."""
+    if not search:
+        return [base]
+    return [replace(base, lr=lr, labels=labels, distill=distill) for lr, labels, distill in itertools.product(*SEARCH[task])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, seeds=5)
+    parser.add_argument("--task", choices=list(RECIPES), required=True)
+    parser.add_argument("--search", action="store_true", help="several recipes, judged on dev only")
+    parser.add_argument("--steps", type=int, help="of every training, that of the dense classifier too")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--labels", type=float)
+    parser.add_argument("--distill", type=float)
+    parser.add_argument("--method", choices=list(METHODS), help="of pruning")
+    a = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if shared_over_gpus(a):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = {name: getattr(a, name) for name in ("steps", "lr", "batch", "labels", "distill", "method") if getattr(a, name) is not None}
+    base = replace(RECIPES[a.task], **given)
+    task: Any = (StsB if a.task == "stsb" else Sst2)(a.folder, device, a.images)
+    record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
+    dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps)
+    teacher = copy.deepcopy(dense).eval().requires_grad_(False)
+    tag = f"{a.task}-{a.images or 'all'}-{a.steps or DENSE.steps}"
+    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
+    splits = ["dev"] if a.search else ["dev", "test"]
+    head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
+
+    def rows(model: nn.Module, **about: Any) -> list[dict[str, Any]]:
+        return [{**head, "data": task.names[split], **about, "value": task.judge(model, split)} for split in splits]
+
+    record.add(*rows(dense, variant="dense", seed=None, recipe=None))
+    for method, model in sparse.items():
+        record.add(*rows(model, variant=f"2:4 one-shot, {method}", seed=None, recipe=None))
+    for seed in range(a.shard[0], a.seeds, a.shard[1]):
+        for recipe in recipes(a.search, base, a.task):
+            for variant in (CONTROL, "2:4"):
+                about = {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
+                if record.has({**head, "data": task.names["dev"], **about}):
+                    continue
+                model = copy.deepcopy(dense if variant == CONTROL else sparse[base.method])
+                try:
+                    seconds = train(model, teacher, task, recipe, seed=seed, sparse=variant == "2:4", until=deadline(a))
+                except TimeoutError as error:
+                    raise SystemExit(f"{error}; run the same command again to go on") from error
+                new = rows(model, **about, gpu_seconds=round(seconds / len(splits) / a.per_gpu, 2))
+                record.add(*new)
+                log.info("seed %d %s %s: %s", seed, variant, recipe, ", ".join(f"{row['data']} {row['value']:.2f}" for row in new))
+
+
+if __name__ == "__main__":
+    main()

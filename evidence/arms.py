@@ -1,0 +1,196 @@
+"""Arms of an experiment on CIFAR-10: what is done to the dense network before and while it is trained on, seed by seed."""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fleet import Images, Member, Program, Recipe, accuracy_percent, train_together
+from ledger import Record
+from PIL import Image
+from torch import Tensor, nn
+
+import twofour
+from twofour.pruning.methods import METHODS
+
+log = logging.getLogger("arms")
+HELD_OUT = 5000
+CONTROL = "dense + same training"
+CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
+
+
+def read_bytes(folder: Path, split: str, num_sheets: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return uint8 images `[n, 3, 32, 32]` and labels `[n]`, of the first sheets of 2,500 or of all."""
+    sheets = [np.asarray(Image.open(path)) for path in sorted(folder.glob(f"{split}_*.webp"))[:num_sheets]]
+    images = np.concatenate([s.reshape(50, 32, 50, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32) for s in sheets])
+    return torch.from_numpy(images), torch.from_numpy(np.load(folder / f"labels_{split}.npy").astype(np.int64))[: len(images)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way from the dense network.
+
+    Attributes:
+        variant: its name in the results.
+        method: of pruning; "" leaves the network dense.
+        reestimated: batch-norm statistics are re-estimated before training.
+        recomputed: masks follow the dense weights (SR-STE), from the dense network on, instead of being held.
+    """
+
+    variant: str
+    recipe: Recipe
+    method: str = "magnitude"
+    permuted: bool = False
+    reestimated: bool = False
+    recomputed: bool = False
+
+
+@dataclass
+class Data:
+    """Images to train on and images to judge by."""
+
+    train: Images
+    judged: Images
+    name: str
+
+    @classmethod
+    def of(cls, folder: Path, device: torch.device, *, held_out: bool, num_images: int | None) -> "Data":
+        """Return all training images and the test images, or with `held_out` 45,000 training images and the other 5,000.
+
+        `num_images` leaves the first so many to train on and twice as many to judge by at most.
+        """
+        pixels, labels = read_bytes(folder / "cifar10", "tr")
+        kept = len(labels) - HELD_OUT
+        if held_out:
+            name, other = "CIFAR-10 held-out training images", (pixels[kept:], labels[kept:])
+            pixels, labels = pixels[:kept], labels[:kept]
+        else:
+            name, other = "CIFAR-10 test", read_bytes(folder / "cifar10", "te")
+        stop = None if num_images is None else 2 * num_images
+        train = Images(pixels[:num_images], labels[:num_images], device)
+        return cls(train, Images(other[0][:stop], other[1][:stop], device), name)
+
+
+def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofour.Pruning]:
+    """Return the network pruned as the arm says, and the record; on the CPU."""
+    model = copy.deepcopy(dense).cpu().eval()
+    images = train.plain()[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].cpu().contiguous()
+    calibrated = METHODS[arm.method].is_calibrated
+    record = twofour.prune(
+        model,
+        (images[:2],),
+        method=arm.method,
+        permute=arm.permuted,
+        calibration=list(images.split(CALIBRATION_ITEMS)) if calibrated or arm.reestimated else None,
+        reestimate=arm.reestimated,
+    )
+    return model, record
+
+
+@dataclass
+class Experiment:
+    """One network's arms.
+
+    Attributes:
+        fleet: networks trained at once.
+        until: `time.monotonic()` after which no epoch begins.
+        kept: where unfinished trainings lie.
+        dense_seconds: that the dense network's training took here and now.
+    """
+
+    name: str
+    net: str
+    dense: nn.Module
+    program: Program
+    data: Data
+    record: Record
+    fleet: int
+    until: float
+    kept: Path
+    dense_seconds: float = 0.0
+
+    def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+        """Train what is not in the record yet.
+
+        Raises:
+            OutOfTimeError: time is up; the unfinished fleet was saved.
+        """
+        plain = self.data.judged.plain()
+        if not self.record.has(self.row("dense", None, None)):
+            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain)}
+            self.record.add({**row, "gpu_seconds": round(self.dense_seconds, 2)} if self.dense_seconds else row)
+        left = [(arm, seed) for seed in seeds for arm in arms if not self.record.has(self.row(arm.variant, seed, arm.recipe))]
+        starts: dict[tuple[Any, ...], tuple[nn.Module, twofour.Pruning | None]] = {}
+        for (_, _), jobs in _grouped(left):
+            for at in range(0, len(jobs), self.fleet):
+                self.train(jobs[at : at + self.fleet], starts, plain)
+
+    def train(self, jobs: Sequence[tuple[Arm, int]], starts: dict[tuple[Any, ...], Any], plain: Tensor) -> None:
+        """Train one fleet and record it."""
+        members = []
+        for arm, seed in jobs:
+            model, pruning = self.start(arm, starts, plain)
+            members.append(
+                Member(
+                    copy.deepcopy(model),
+                    self.program,
+                    self.data.train,
+                    arm.recipe,
+                    seed=seed,
+                    pruning=pruning,
+                    recomputed=arm.recomputed,
+                    teacher=self.dense,
+                    about={"net": self.net, "variant": arm.variant, "seed": seed},
+                )
+            )
+        log.info(
+            "%s: %d networks together, %d epochs of %d steps", self.net, len(jobs), jobs[0][0].recipe.epochs, members[0].steps_an_epoch
+        )
+        told = json.dumps([self.net, self.data.name, [(asdict(arm), seed) for arm, seed in jobs]])
+        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        seconds, preparing = train_together(
+            members, say=lambda line: log.info("%s %s", self.net, line), saved=self.kept / f"{digest}.pt", until=self.until
+        )
+        share = {"fleet": len(members), "gpu_seconds": round((seconds + preparing) / len(members), 2)}
+        for (arm, seed), member in zip(jobs, members, strict=True):
+            row = {**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **share}
+            self.record.add(row)
+            log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, row["value"])
+
+    def start(self, arm: Arm, starts: dict[tuple[Any, ...], Any], plain: Tensor) -> tuple[nn.Module, twofour.Pruning | None]:
+        """Return where an arm's training begins; its accuracy is recorded."""
+        if not arm.method:
+            return self.dense, None
+        key = (arm.method, arm.permuted, arm.reestimated)
+        if key not in starts:
+            starts[key] = pruned(self.dense, arm, self.data.train)
+            notes = [arm.method, *["permuted"] * arm.permuted, *["batch-norm re-estimated"] * arm.reestimated]
+            row = self.row("2:4 one-shot, " + ", ".join(notes), None, None)
+            if not self.record.has(row):
+                self.record.add({**row, "value": self.judge(starts[key][0], plain), "pruning": str(starts[key][1])})
+        model, pruning = starts[key]
+        return self.dense if arm.recomputed else model, pruning
+
+    def judge(self, model: nn.Module, plain: Tensor) -> float:
+        """Return the accuracy in percent."""
+        copied = copy.deepcopy(model).to(plain.device, memory_format=torch.channels_last)
+        return round(accuracy_percent(copied, plain, self.data.judged.labels), 4)
+
+    def row(self, variant: str, seed: int | None, recipe: Recipe | None) -> dict[str, Any]:
+        """Return a row without its value."""
+        head = {"experiment": self.name, "net": self.net, "data": self.data.name, "metric": "accuracy"}
+        return {**head, "variant": variant, "seed": seed, "recipe": None if recipe is None else asdict(recipe)}
+
+
+def _grouped(jobs: Sequence[tuple[Arm, int]]) -> list[tuple[tuple[int, int], list[tuple[Arm, int]]]]:
+    """Return the jobs by length and batch: those of one fleet take the same steps."""
+    groups: dict[tuple[int, int], list[tuple[Arm, int]]] = {}
+    for arm, seed in jobs:
+        groups.setdefault((arm.recipe.epochs, arm.recipe.batch), []).append((arm, seed))
+    return list(groups.items())

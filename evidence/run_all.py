@@ -1,0 +1,92 @@
+"""All accuracy experiments in the order of their weight: `python evidence/run_all.py FOLDER results/GPU [--gpus 2] [--minutes 9]`.
+
+What is recorded is not trained again: stop it, run it again, and it goes on. `--only` names experiments; `--list` prints the commands with
+the minutes expected on one H200. `--trial` runs everything at toy size, on a CPU too.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("run_all")
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+        minutes: expected on one H200.
+        trial: arguments that make it small.
+    """
+
+    script: str
+    arguments: str
+    minutes: float
+    trial: str
+
+    def command(self, folder: Path, out: Path, name: str, trial: bool) -> list[str]:
+        """Return the words to run; what a trial adds comes last and so counts."""
+        words = self.arguments.split() + (self.trial.split() if trial else [])
+        return [sys.executable, str(HERE / self.script), str(folder), str(out / f"accuracy-{name}.json"), *words]
+
+
+CIFAR_TRIAL = "--images 128 --epochs 1 --seeds 1 --batch 64 --dense-epochs 1"
+TEXT_TRIAL = "--images 64 --steps 2 --batch 8 --seeds 1"
+LARGE = "--batch 256 --lr 0.1 --weight-decay 5e-4"
+JOBS = {
+    "recipe": Job("accuracy_cifar.py", "--nets ResNet-20 --search --seeds 2", 5, CIFAR_TRIAL),
+    "stsb-recipe": Job("accuracy_minilm.py", "--task stsb --search --seeds 2 --steps 1000 --per-gpu 1", 4, TEXT_TRIAL),
+    "stsb": Job("accuracy_minilm.py", "--task stsb --seeds 6 --per-gpu 3", 4, TEXT_TRIAL),
+    "sst2": Job("accuracy_minilm.py", "--task sst2 --seeds 12 --per-gpu 3", 7, TEXT_TRIAL),
+    "cifar": Job("accuracy_cifar.py", "--nets ResNet-20 ResNet-32 ResNet-44 ResNet-56", 23, CIFAR_TRIAL + " --nets ResNet-20"),
+    "resnet18": Job("accuracy_cifar.py", f"--nets ResNet-18 --seeds 3 {LARGE}", 6, CIFAR_TRIAL),
+    "mobilenetv2": Job("accuracy_cifar.py", f"--nets MobileNetV2 --seeds 3 {LARGE} --permute off on", 10, CIFAR_TRIAL),
+    "ablations-resnet20": Job("ablations.py", "--nets ResNet-20 --seeds 5", 9, CIFAR_TRIAL),
+    "ablations-mobilenetv2": Job("ablations.py", f"--nets MobileNetV2 --seeds 2 {LARGE} --epochs 20", 12, CIFAR_TRIAL),
+    "cifar-200": Job("accuracy_cifar.py", "--nets ResNet-20 --epochs 200", 14, CIFAR_TRIAL),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="of all together; what is unfinished is kept and gone on with")
+    parser.add_argument("--kept", type=Path, default=Path("runs/evidence"), help="where dense networks and unfinished trainings lie")
+    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--extra", default="", help='further arguments of every command: --extra="--lr 0.1"')
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--trial", action="store_true")
+    a = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    started = time.monotonic()
+    source = str(HERE.parent / "src")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH", ""))))}
+    failed = []
+    for name in a.only:
+        job = JOBS[name]
+        left = a.minutes - (time.monotonic() - started) / 60
+        command = [*job.command(a.folder, a.out, name, a.trial), "--gpus", str(a.gpus), "--kept", str(a.kept)]
+        command += ["--per-gpu", "1"] * a.trial + a.extra.split()
+        log.info("%s (%.0f GPU minutes expected): %s", name, job.minutes, " ".join(command[1:]))
+        if a.list:
+            continue
+        if left <= 0:
+            failed.append(name)
+            continue
+        if subprocess.run([*command, "--minutes", f"{left:.2f}"], env=environment, check=False).returncode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"not finished: {', '.join(failed)}; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The MiniLM experiment on a CPU, with a BERT of two narrow layers in the place of MiniLM."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["a", "man", "plays", "dog", "runs", "good", "bad", "film", "very", "the"]
+
+
+@pytest.fixture(scope="module")
+def experiment() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "evidence"))
+    import accuracy_minilm
+
+    return accuracy_minilm
+
+
+@pytest.fixture(scope="module")
+def folder(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders as the experiment reads them, a few lines each."""
+    where = tmp_path_factory.mktemp("data")
+    for name in ("minilm", "stsb", "glue-sst2", "mrpc", "sick"):
+        (where / name).mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (where / "minilm" / "vocab.txt").write_text("\n".join(vocabulary))
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": len(vocabulary)}
+    (where / "minilm" / "config.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 128, **config}))
+    (where / "minilm" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    from sentences import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    state = BertModel(BertConfig.from_pretrained(where / "minilm"), add_pooling_layer=False).state_dict()
+    save_file({name: value.half().contiguous() for name, value in state.items()}, where / "minilm" / "model.fp16.safetensors")
+    sentences = [f"{a} {b} {c}" for a in ("a", "the") for b in WORDS[1:5] for c in WORDS[5:8]]
+    for split in ("train", "dev", "test"):
+        with (where / "stsb" / f"stsb-en-{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [one, other, i % 6] for i, (one, other) in enumerate(zip(sentences, reversed(sentences), strict=True))
+            )
+        lines = [f"{text}\t{i % 2}" for i, text in enumerate(sentences)]
+        (where / "glue-sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    (where / "mrpc" / "msr-para-train.tsv").write_text("Quality\t1\t2\tone\tother\n1\t1\t2\tdog runs\tthe dog runs", encoding="utf-8-sig")
+    (where / "sick" / "SICK_train.txt").write_text("pair_ID\tA\tB\tscore\tjudgment\n1\tbad film\tgood film\t3\tNEUTRAL")
+    return where
+
+
+def test_sentences_are_read_and_batched_in_order(experiment: ModuleType, folder: Path) -> None:
+    import sentences
+
+    assert sentences.labelled(folder, "dev")[1] == ("a man bad", 1)
+    assert sentences.pairs(folder, "dev")[1] == ("a man bad", "the runs bad", 1.0)
+    assert sentences.unlabelled(folder)[-4:] == ["dog runs", "the dog runs", "bad film", "good film"]
+    tokens = sentences.Tokens(folder, ["a very very good dog", "bad", "the dog runs"], torch.device("cpu"))
+    ids, mask = tokens.batch([2, 1])
+    assert mask.sum(1).tolist() == [5, 3]
+    assert (ids[1, 3:] == 0).all()
+    model = sentences.published_encoder(folder)
+    outputs = tokens.outputs(model)
+    # Padding changes nothing but the order of sums.
+    for i in range(3):
+        torch.testing.assert_close(outputs[i], model.eval()(*tokens.batch([i]))[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["stsb", "sst2"])
+def test_an_experiment_runs_at_toy_size(
+    experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    out = tmp_path / "accuracy.json"
+    words = f"accuracy_minilm.py {folder} {out} --task {task} --steps 2 --batch 4 --seeds 1 --method wanda --kept {tmp_path}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    experiment.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["variant"] for row in rows[::2]] == ["dense", "2:4 one-shot, magnitude", "2:4 one-shot, wanda", experiment.CONTROL, "2:4"]
+    assert len({row["data"] for row in rows}) == 2
+    assert all(-100 <= row["value"] <= 100 for row in rows)
+    monkeypatch.setattr(experiment, "train", None)  # Nothing is left to train.
+    experiment.main()
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_without_labels_the_dense_network_has_nothing_to_learn(experiment: ModuleType, folder: Path) -> None:
+    task = experiment.StsB(folder, torch.device("cpu"), None)
+    dense = experiment.published_encoder(folder)
+    recipe = experiment.Recipe(steps=1, lr=1e-3, batch=4, labels=0.0, distill=1.0)
+    batch = next(task.batches(recipe, 0))
+    assert float(task.loss(dense, dense, batch, recipe).detach()) == pytest.approx(0, abs=1e-6)
+    other = experiment.published_encoder(folder)
+    # The second of two layers twice as large: ‖2h − h‖² / ‖h‖² = 1 for it, 0 for the first; the embedding keeps its direction.
+    other.bert.encoder.layer[1].output.LayerNorm.weight.data *= 2
+    assert float(task.loss(other, dense, batch, recipe).detach()) == pytest.approx(0.5, abs=1e-5)

@@ -1,0 +1,206 @@
+"""Accuracy evidence: the statistics of the page, the pages are those of the results, and rows survive shards and interruptions."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evidence_page", ROOT / "scripts" / "evidence.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _evidence_on_the_path() -> None:
+    sys.path.insert(0, str(ROOT / "evidence"))
+
+
+def test_the_interval_is_student_s_t(script: ModuleType) -> None:
+    one, other = (91.5, 91.9, 92.1, 91.6), (91.6, 91.9, 92.0, 91.8)
+    found = script.Paired(tuple(a - b for a, b in zip(one, other, strict=True)))
+    # By hand: differences −0.1, 0, 0.1, −0.2; mean −0.05; s = √(0.05/3); t(0.975, 3) = 3.18245.
+    assert found.mean == pytest.approx(-0.05)
+    assert found.half == pytest.approx(3.18245 * math.sqrt(0.05 / 3) / 2, rel=1e-5)
+    low, high = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert str(found) == "−0.05 ± 0.21"
+
+
+def test_a_goal_is_reached_by_the_upper_end_of_a_narrow_interval(script: ModuleType) -> None:
+    goal = script.Goal("n", "d", floor=-0.5, aim=-0.1)
+    near = lambda mean: script.Paired(tuple(mean + d for d in (-0.05, 0.0, 0.05)))  # noqa: E731 - half-width 0.124
+    assert near(0).half == pytest.approx(0.1242, abs=1e-4)
+    outcomes = [script.outcome(goal, near(mean)) for mean in (-0.63, -0.61, -0.21)]
+    assert outcomes == ["missed", "reached", "reached, and the aim"]
+    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5)))
+    assert "wider" in script.outcome(goal, script.Paired((0.0,)))
+
+
+@pytest.mark.parametrize("name", ["evidence.md", "recipes.md"])
+def test_the_pages_are_those_of_the_results(script: ModuleType, name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert script.filled(name, page) == page, "run: python scripts/evidence.py"
+
+
+def made_up(experiment: str, data: str) -> dict[str, Any]:
+    recipe = {"epochs": 40, "batch": 512, "lr": 0.2, "distill": 0.0}
+    head = {"experiment": experiment, "net": "ResNet-20", "data": data, "metric": "accuracy"}
+    rows = [{**head, "variant": "dense", "seed": None, "recipe": None, "value": 91.73}]
+    rows += [{**head, "variant": "2:4 one-shot, magnitude", "seed": None, "recipe": None, "value": 71.2}]
+    for seed, (control, sparse, wanda) in enumerate([(91.8, 91.6, 91.5), (91.9, 91.8, 91.9)]):
+        for variant, value in (("dense + same training", control), ("2:4", sparse), ("2:4, wanda", wanda)):
+            rows.append({**head, "variant": variant, "seed": seed, "recipe": recipe, "value": value, "gpu_seconds": 30.0})
+    return {"machine": {"gpu": "H200"}, "date": "2026-01-02T00:00:00", "command": "python x", "rows": rows}
+
+
+def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    folder = tmp_path / "results" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "accuracy-a.json").write_text(json.dumps(made_up("retraining", "CIFAR-10 test")))
+    (folder / "accuracy-b.json").write_text(json.dumps(made_up("ablations", "CIFAR-10 held-out training images")))
+    summary = script.summary_table()
+    row = (
+        "| ResNet-20 (40 epochs, batch 512, lr 0.2) | CIFAR-10 test | 91.73 | 71.20 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | 2 |"
+    )
+    assert row in summary
+    assert "Not measured yet: ResNet-20, 200 epochs (CIFAR-10 test); ResNet-32" in summary
+    assert "| 2:4, wanda | 40 epochs, batch 512, lr 0.2 | – | 91.70 ± 0.28 | −0.15 ± 1.91 | +0.00 ± 1.27 | 2 |" in script.choices_table(
+        "ablations"
+    )
+    assert script.choices_table("retraining") == "Not measured yet."
+    assert "| H200 | 3.0 | 6 | 2026-01-02 | `python x` |" in script.runs_table()
+    script.draw(tmp_path / "plot.svg")
+    assert "ResNet-20, CIFAR-10 test" in (tmp_path / "plot.svg").read_text()
+
+
+def test_shards_write_their_own_files_and_their_union_loses_nothing(tmp_path: Path) -> None:
+    import ledger
+
+    out = tmp_path / "accuracy.json"
+    row = {"experiment": "e", "net": "n", "data": "d", "variant": "2:4", "recipe": {"lr": 1}}
+    shards = [ledger.Record(out, "command", (i, 2)) for i in range(2)]
+    for i, shard in enumerate(shards):
+        shard.add({**row, "seed": i, "value": 1.0 + i})
+        shard.add({**row, "seed": None, "value": 9.0})
+    assert not out.exists()
+    # A process that starts anew finds what it had finished.
+    assert ledger.Record(out, "command", (0, 2)).has({**row, "seed": 0})
+    ledger.merge(out, [ledger.part(out, i, 2) for i in range(2)])
+    assert sorted(tmp_path.iterdir()) == [out]
+    assert [(r["seed"], r["value"]) for r in ledger.rows_of(out)] == [(0, 1.0), (None, 9.0), (1, 2.0)]
+    again = ledger.Record(out, "command")
+    again.add({**row, "seed": 1, "value": 5.0}, {**row, "seed": 2, "value": 3.0})
+    assert [r["value"] for r in ledger.rows_of(out)] == [1.0, 9.0, 2.0, 3.0]
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.norm, self.linear = nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.norm(self.conv2(torch.relu(self.conv1(x))))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of data as the experiments read it: one sheet to train on and one to test."""
+    where = tmp_path / "data" / "cifar10"
+    where.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split in ("tr", "te"):
+        pixels = rng.integers(0, 256, (50, 1, 50, 1, 3), dtype=np.uint8)
+        sheet = np.broadcast_to(pixels, (50, 32, 50, 32, 3)).reshape(1600, 1600, 3)
+        Image.fromarray(sheet).save(where / f"{split}_00.webp", lossless=True, quality=0, method=0)
+        np.save(where / f"labels_{split}.npy", rng.integers(0, 10, 2500, dtype=np.uint8))
+    return where.parent
+
+
+def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
+    script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accuracy_cifar
+    import fleet
+    import ledger
+    import networks
+
+    recipe = fleet.Recipe(epochs=1, batch=32)
+    monkeypatch.setitem(networks.NETWORKS, "Tiny", networks.Network(Tiny, (), recipe, ()))
+    out = tmp_path / "results" / "cpu" / "accuracy-tiny.json"
+    words = [
+        "accuracy_cifar.py",
+        str(folder),
+        str(out),
+        "--nets",
+        "Tiny",
+        "--images",
+        "64",
+        "--epochs",
+        "2",
+        "--batch",
+        "32",
+        "--seeds",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept"), "--minutes", "0"])
+    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 2; run the same command again to go on"):
+        accuracy_cifar.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept")])
+    accuracy_cifar.main()
+    rows = ledger.rows_of(out)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("dense", None),
+        ("2:4 one-shot, magnitude", None),
+        ("dense + same training", 0),
+        ("2:4", 0),
+        ("dense + same training", 1),
+        ("2:4", 1),
+    ]
+    assert not list((tmp_path / "kept").glob("*.pt"))
+    assert all(0 <= row["value"] <= 100 and row["date"] for row in rows)
+    monkeypatch.setattr(fleet, "Fleet", None)  # Nothing is left to train.
+    accuracy_cifar.main()
+    assert ledger.rows_of(out) == rows
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    assert "4 |" in script.runs_table()
+
+
+def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:
+    import arms
+    import fleet
+
+    data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=128)
+    torch.manual_seed(0)
+    model, recipe = Tiny(), fleet.Recipe(epochs=2, batch=8, lr=0.5)
+    arm = arms.Arm("2:4, masks recomputed", recipe, recomputed=True)
+    _, pruning = arms.pruned(model, arm, data.train)
+    member = fleet.Member(model, fleet.Program(model, compiled=False), data.train, recipe, seed=0, pruning=pruning, recomputed=True)
+    first = {name: mask.clone() for name, mask in member.scratch.masks.items()}
+    fleet.train_together([member], say=lambda line: None)
+    weights = dict(member.model.named_parameters())
+    for name, mask in first.items():
+        kept = (weights[name] != 0).reshape(8, 2, 4, -1).sum(2)
+        assert int(kept.max()) == 2
+        assert not torch.equal(member.scratch.masks[name], mask)
