@@ -1,4 +1,4 @@
-"""`pytest --record FILE` keeps the outcome of a run in results/: machine, versions, counts, and the digest of the kernels it ran."""
+"""`pytest --record FILE` keeps the outcome of a run in results/: machine, versions, counts, and the digests of the kernels it ran."""
 
 import datetime
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from twofour.files import write_text
-from twofour.kernels.gemm.source import sources_digest
+from twofour.kernels.launchable import sources_digests
 from twofour.report.environment import environment
 
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
@@ -44,7 +44,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["pytest", *[a for a in sys.argv[1:] if not a.startswith("/")]]),
-        "sources_digest": sources_digest(),
+        "sources_digest": sources_digests()["gemm"],
+        "sources_digests": sources_digests(),
         "rows": rows_of(session.config.pluginmanager.get_plugin("terminalreporter")),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -282,6 +282,20 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
         ["View", "Pointwise"],
         ("float[2,4,5,6] x, float[2,4] g", "b = Reshape(g, s) y = Mul(x, b)", {"s": i(2, 4, 1, 1)}),
     ),
+    "a shortcut that is projected": (
+        passes.MergeShortcuts,
+        (
+            "float[2,8,5,6] x, float[2,16,9,11] z",
+            "a = Conv(x, w) b = Conv <strides=[2,2]> (z, v, c) s = Add(a, b) y = Relu(s)",
+            {"w": normal(16, 8, 1, 1), "v": normal(16, 16, 1, 1), "c": f(16)},
+        ),
+        ["View", "Copy", "View", "Copy", "View", "Concat", "Conv", "View", "Copy"],
+        (
+            "float[2,8,5,6] x, float[2,24,9,11] z",
+            "a = Conv(x, w) b = Conv <strides=[2,2]> (z, v) s = Add(a, b) y = Relu(s)",
+            {"w": normal(16, 8, 1, 1), "v": normal(16, 24, 1, 1)},
+        ),
+    ),
     "patches of an image": (
         passes.GatherPatches,
         ("float[2,3,9,8] x", "y = Conv <strides=[2,2], pads=[1,1,1,1]> (x, w)", {"w": normal(8, 3, 3, 3)}),
@@ -463,3 +477,12 @@ def test_a_convolution_over_patches_is_the_convolution(seed: int) -> None:
     model = before(passes.GatherPatches, small(inputs, f"y = Conv <{described}> (x, w)", w=weight))
     assert applied(passes.GatherPatches(), model)
     assert "Patches" in kinds(model)
+
+
+def test_a_shortcut_keeps_its_zeros() -> None:
+    body, inputs = "a = Conv(x, w) b = Conv(z, v) s = Add(a, b) y = Relu(s)", "float[2,8,5,6] x, float[2,16,5,6] z"
+    dense, other = normal(16, 8, 1, 1), normal(16, 16, 1, 1)
+    kept = np.where(select(other[:, :, 0, 0]), other[:, :, 0, 0], 0)[:, :, None, None].astype(np.float32)
+    for weights, merged in (({"w": dense, "v": other}, True), ({"w": dense, "v": kept}, False)):
+        model = before(passes.MergeShortcuts, small(inputs, body, **weights))
+        assert applied(passes.MergeShortcuts(), model) == merged

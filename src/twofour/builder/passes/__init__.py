@@ -19,6 +19,7 @@ from twofour.builder.passes.patches import GatherPatches
 from twofour.builder.passes.pointwise import FusePointwise
 from twofour.builder.passes.precision import Precision
 from twofour.builder.passes.scales import FoldScales
+from twofour.builder.passes.shortcuts import MergeShortcuts
 from twofour.builder.passes.squeeze_excite import SqueezeExcite
 from twofour.builder.passes.transposes import SinkTransposes
 from twofour.builder.passes.widen import WidenChannels
@@ -38,6 +39,7 @@ __all__ = [
     "GatherPatches",
     "Layout",
     "Linears",
+    "MergeShortcuts",
     "Norms",
     "Precision",
     "SinkTransposes",
@@ -53,7 +55,7 @@ def pipeline(precision: str) -> list[Rewrite]:
     """Return the passes in their order: recognise, fold, lay out, fuse, place, type."""
     recognise = [FoldConstants(), DeadCode(), Activations(), Norms(), BatchNorms(), FoldPads(), Attentions(), Linears(), FoldScales()]
     lay_out = [SqueezeExcite(), Layout(), Elementwise(), SinkTransposes()]
-    fuse = [Epilogues(), FusePointwise(), GatherPatches(), WidenChannels(), ConcatInPlace(), Precision(precision)]
+    fuse = [Epilogues(), FusePointwise(), MergeShortcuts(), GatherPatches(), WidenChannels(), ConcatInPlace(), Precision(precision)]
     return [*recognise, *lay_out, *fuse]
 
 
