@@ -1,4 +1,4 @@
-"""Writes the tables in README.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
+"""Writes the tables in README.md and docs/engine.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
 
 With a report it first records its accuracy in results/cpu/accuracy-demo.json. Rows whose sources have changed since are left out.
 """
@@ -12,12 +12,17 @@ from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 from twofour.files import write_text
+from twofour.kernels.launchable import sources_digests
 from twofour.report import Report
 from twofour.report.gemm import PROTOCOL, current_rows
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "evidence"))
+import engine_rows  # noqa: E402
+
 DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
 GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
+ENGINE = ROOT / "results" / "nvidia-h200" / "engine.json"
 TOKENS = {"512 tokens": lambda n: n == 512, "2,048 tokens and more": lambda n: n >= 2048}
 
 
@@ -82,25 +87,36 @@ def gemm_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table}
+def engine_table() -> str:
+    """Return whole networks, dense and 2:4, beside torch.compile, as Markdown; a sentence when none is recorded of these kernels."""
+    return engine_rows.short_table(engine_rows.read(ENGINE), sources_digests())
 
 
-def filled(readme: str) -> str:
-    """Return the README's text with each table between its markers."""
-    for name, make in TABLES.items():
+def engine_page_table() -> str:
+    """Return every recorded row of whole networks as Markdown."""
+    return engine_rows.full_table(engine_rows.read(ENGINE), sources_digests())
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
+PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table}
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """Return a page's text with each table between its markers."""
+    for name, make in tables.items():
         table = make()
         pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
-        readme, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", readme, flags=re.DOTALL)
-        assert count == 1, f"README.md has {count} places for the {name} table"
-    return readme
+        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"the page has {count} places for the {name} table"
+    return text
 
 
 def main() -> None:
     """Record a report if one is given, then write the tables."""
     if len(sys.argv) > 1:
         record(Report.load(sys.argv[1]))
-    path = ROOT / "README.md"
-    write_text(path, filled(path.read_text(encoding="utf-8")))
+    for path, tables in ((ROOT / "README.md", TABLES), (ROOT / "docs" / "engine.md", PAGE_TABLES)):
+        write_text(path, filled(path.read_text(encoding="utf-8"), tables))
 
 
 if __name__ == "__main__":

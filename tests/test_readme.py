@@ -68,6 +68,8 @@ def test_the_tables_are_the_recorded_ones_without_stale_rows() -> None:
     finally:
         sys.path.pop(0)
     assert readme.filled(README) == README
+    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    assert readme.filled(page, readme.PAGE_TABLES) == page
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
