@@ -15,7 +15,7 @@ from twofour.builder.gpu import record_of
 from twofour.builder.gpus import GPUS
 from twofour.builder.lower import Front
 from twofour.builder.memory import plan_memory
-from twofour.builder.record import LayerRecord
+from twofour.builder.record import BuildRecord, LayerRecord
 from twofour.builder.specs import spec_of
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.plan import Plan

@@ -25,7 +25,7 @@ class FakeWatch:
 
     stream = 7
 
-    def __init__(self, *, trusted: bool = True) -> None:
+    def __init__(self, device: int = 0, *, trusted: bool = True) -> None:
         self.trusted, self.waited = trusted, 0
 
     def synchronize(self) -> None:

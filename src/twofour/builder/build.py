@@ -29,6 +29,19 @@ def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def device_of(device: str) -> tuple[str, int]:
+    """Return (`cpu` or `cuda`, number of the GPU) of `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    kind, colon, number = device.partition(":")
+    checked_choice("device", kind, DEVICES)
+    if colon and (kind != "cuda" or not number.isdecimal()):
+        raise InputError(f"build: device {device!r} is unknown, expected cpu, cuda or cuda:N")
+    return kind, int(number or 0)
+
+
 def refuse_unrunnable(data: bytes, path: Path) -> None:
     """Do nothing if ONNX Runtime takes the model.
 
@@ -66,6 +79,7 @@ def build(
 
     Args:
         batch: batch sizes to tune for; empty means any on the CPU, 1 on a GPU.
+        device: `cpu`, `cuda`, or `cuda:N` for GPU N.
         precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU.
         sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
         tactics: on a GPU, `all`, or `ours` for a plan that needs nothing but the driver.
@@ -79,11 +93,11 @@ def build(
     path = Path(path)
     checked_choice("precision", precision, PRECISIONS)
     checked_choice("sparsity", sparsity, SPARSITY)
-    checked_choice("device", device, DEVICES)
+    kind, number = device_of(device)
     checked_choice("tactics", tactics, TACTICS)
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
-    if device == "cuda":
+    if kind == "cuda":
         cache = None if timing_cache is None else Path(timing_cache)
         return build_gpu(
             path,
@@ -93,6 +107,7 @@ def build(
             tactics=tactics,
             timing_cache=cache,
             fallback=fallback,
+            device=number,
             progress=progress,
         )
     for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
@@ -123,7 +138,7 @@ def build(
     outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
     return Plan(
         "onnxruntime",
-        device,
+        kind,
         precision,
         sparsity,
         inputs,

@@ -31,7 +31,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option("--batch", default="", metavar="N,N,…", help="Batch sizes to tune for; any by default.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or bf16.")
 @click.option("--sparsity", default="auto", show_default=True, help="auto, off or force.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--tactics", default="all", show_default=True, help="GPU: all, or ours for a plan that needs only the driver.")
 @click.option("--timing-cache", type=options.PATH, help="GPU: file in which timings are kept and found.")
 @click.option(
@@ -58,7 +58,7 @@ def command(
     from twofour.files import refuse_same
 
     refuse_same(out, onnx)
-    if report is not None and device != "cuda":
+    if report is not None and not device.startswith("cuda"):
         raise InputError("build: --report shows what was timed on a GPU, expected --device cuda; leave it out")
     console = make_console()
     with Steps(console) as show:

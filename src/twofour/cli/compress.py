@@ -24,7 +24,12 @@ from twofour.cli import options
 @options.permute_option
 @options.include_option
 @options.exclude_option
-@options.device_option
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where to train and what to build the engines for: cpu, cuda, cuda:N, or auto: a GPU if there is one.",
+)
 @options.workers_option
 @options.skip_bad_option
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one a line, instead of progress and table.")

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twofour.plan import Plan
+from twofour.compress.engines import Built
 from twofour.pruning import Pruning
 from twofour.report.environment import environment
 from twofour.report.measure import Measurement
 from twofour.report.record import (
     AccuracyRow,
     Agreement,
+    BuildRow,
     Check,
     EpochRow,
     LayerRow,
@@ -41,7 +42,7 @@ class Findings:
     accuracy: dict[str, list[float]]
     histories: Sequence[tuple[str, int, tuple[Epoch, ...]]]
     pruning: Pruning
-    plan: Plan
+    built: Built
     checks: list[Check]
     measurements: list[Measurement]
     sizes: dict[str, list[Path]]
@@ -51,14 +52,28 @@ class Findings:
     stage_seconds: dict[str, float]
 
 
-def statement_of(plan: Plan) -> str:
-    """Return the sentence that says what sparsity can and cannot gain on this backend."""
-    if plan.about.get("sparse_kernels"):
-        return f"The {plan.backend} engine ran sparse kernels where they were faster."
+def statement_of(built: Built) -> str:
+    """Return the sentences that say what sparsity can and cannot gain with these engines."""
+    plan = built.plans["2:4"]
+    if plan.backend == "cuda":
+        where = f"This engine ran on {plan.about['machine']['gpu']} in {plan.precision}"
+        if plan.about["sparse_kernels"]:
+            return f"{where}, with sparse kernels where they were faster."
+        return f"{where}, without sparse kernels: {plan.about['why_no_sparse_kernels']}. Any difference between the two columns is noise."
+    why = f"{built.target.why_cpu}. " if built.target.why_cpu else ""
     return (
-        f"This engine ran on the CPU. {plan.about['why_no_sparse_kernels']}. "
+        f"{why}This engine ran on the CPU. {plan.about['why_no_sparse_kernels']}. "
         "Any difference in speed between the two columns is noise; the gain needs a GPU with Sparse Tensor Cores."
     )
+
+
+def build_rows(built: Built) -> list[BuildRow]:
+    """Return the build reports that the plans carry."""
+    return [
+        BuildRow(variant="2:4" if variant == "2:4" else "dense", batch=record["batch"], record=record)
+        for variant, plan in built.plans.items()
+        for record in plan.about.get("builds", ())
+    ]
 
 
 def layer_rows(pruning: Pruning) -> list[LayerRow]:
@@ -96,6 +111,7 @@ def profile_rows(profiles: dict[str, list[tuple[str, str, float]]]) -> list[Prof
 
 def make_report(found: Findings) -> Report:
     """Return the Report of a run."""
+    plan = found.built.plans["2:4"]
     speed, memory = [], []
     for m in found.measurements:
         values = m.to_json()
@@ -116,9 +132,9 @@ def make_report(found: Findings) -> Report:
         seeds=found.seeds,
         recipe=found.recipe,
         method=found.pruning.method,
-        backend=found.plan.backend,
-        sparse_kernels=bool(found.plan.about.get("sparse_kernels")),
-        statement=statement_of(found.plan),
+        backend=plan.backend,
+        sparse_kernels=bool(plan.about.get("sparse_kernels")),
+        statement=statement_of(found.built),
         environment=environment(),
         accuracy=[AccuracyRow.model_validate({"variant": variant, "values": values}) for variant, values in found.accuracy.items()],
         training=[
@@ -135,6 +151,7 @@ def make_report(found: Findings) -> Report:
             for path in paths
         ],
         profile=profile_rows(found.profiles),
+        builds=build_rows(found.built),
         agreement=found.agreement,
         notes=[*found.notes, *found.pruning.notes],
         stage_seconds=found.stage_seconds,

@@ -1,5 +1,6 @@
 """What is verified before anything is called sparse, and after the engine is built."""
 
+import copy
 import math
 from statistics import fmean
 
@@ -15,6 +16,7 @@ from twofour.sources import Task
 from twofour.training.evaluate import batches_of, forward, loader
 
 MOST_LOST_POINTS = 0.5
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_pattern(run: SeedRun) -> Check:
@@ -37,9 +39,16 @@ def check_export(variant: str, exported: Exported) -> Check:
 
 
 def check_agreement(row: Agreement) -> Check:
-    """The engine predicts what torch predicts; a tie may fall to either side, so one item in a thousand may differ."""
+    """The engine gives what torch gives.
+
+    In fp32 it predicts the same; a tie may fall to either side, so one item in a thousand may differ. In half precision its outputs lie
+    within the tolerance of torch's in float32 (see `rounding_tolerance`); two classes closer than twice that may change places.
+    """
     detail = f"{row.differing_predictions} of {row.items} predictions differ, largest error {row.largest_error:.1e}"
     passed = row.differing_predictions <= row.items / 1000 and math.isfinite(row.largest_error)
+    if row.tolerance is not None:
+        detail += f", allowed {row.tolerance:.1e} in {row.precision}"
+        passed = row.largest_error <= row.tolerance and math.isfinite(row.largest_error)
     return Check(name=f"engine predicts what torch predicts, {row.variant}", passed=passed, detail=detail)
 
 
@@ -55,28 +64,41 @@ def check_accuracy(runs: list[SeedRun], task: Task) -> list[Check]:
 
 
 @torch.inference_mode()
-def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, batch: int = 256) -> Agreement:
-    """Return the engine against the module over the validation set.
+def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, batch: int = 256, device: str = "cpu") -> Agreement:
+    """Return the engine against the module, run in float32 on `device`, over the validation set.
 
     Predictions are the classes of the largest outputs; of a task that is no classification, an item's prediction differs where one of
     its outputs differs by more than rounding (see `rounding_tolerance`) explains.
     """
+    precision, where = engine.plan.precision, torch.device(device)
+    model = model if where.type == "cpu" else copy.deepcopy(model).to(where)
+    dtype = DTYPES.get(precision)
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
+    halves: list[Tensor] = []
     targets: list[Tensor] = []
-    differing = 0
-    for inputs, target in batches_of(loader(task, "validation", batch)):
-        engine_outputs, outputs = engine(*inputs), forward(model, inputs, torch.device("cpu"))
-        if task.is_classification:
-            differing += int((engine_outputs.argmax(1) != outputs.argmax(1)).sum())
-        else:
-            single, double = reference_outputs(model, inputs)
-            far = (engine_outputs - outputs).abs() > rounding_tolerance(single, double)
-            differing += int(far.flatten(1).any(1).sum() if far.ndim > 1 else far.sum())
-        ours.append(engine_outputs)
-        theirs.append(outputs)
-        targets.append(target)
+    far: list[Tensor] = []
+    # NOTE: TF32 would round float32 convolutions to 11 bits, as much as fp16 does.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for inputs, target in batches_of(loader(task, "validation", batch)):
+            engine_outputs, outputs = engine(*inputs), forward(model, inputs, where).cpu()
+            if dtype is not None:
+                with torch.autocast(where.type, dtype):
+                    halves.append(forward(model, inputs, where).cpu().float())
+            elif not task.is_classification:
+                far.append((engine_outputs - outputs).abs() > rounding_tolerance(*reference_outputs(model, inputs)))
+            ours.append(engine_outputs)
+            theirs.append(outputs)
+            targets.append(target)
     engine_all, torch_all, target_all = torch.cat(ours), torch.cat(theirs), torch.cat(targets)
+    tolerance = None
+    if dtype is not None:
+        tolerance = rounding_tolerance([torch.cat(halves)], [torch_all], dtype)
+        far = [(engine_all - torch_all).abs() > tolerance]
+    if task.is_classification:
+        differing = int((engine_all.argmax(1) != torch_all.argmax(1)).sum())
+    else:
+        differing = int(torch.cat(far).reshape(len(target_all), -1).any(1).sum())
     return Agreement(
         variant="2:4" if variant == "2:4" else "dense",
         engine_metric=task.metric_of(engine_all, target_all),
@@ -84,4 +106,6 @@ def agreement_of(variant: str, engine: Engine, model: nn.Module, task: Task, bat
         differing_predictions=differing,
         items=len(target_all),
         largest_error=float((engine_all - torch_all).abs().max()),
+        precision=precision,
+        tolerance=tolerance,
     )

@@ -5,16 +5,16 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from twofour.builder import build
 from twofour.compress.assemble import Findings, make_report
 from twofour.compress.checks import agreement_of, check_accuracy, check_agreement, check_export, check_pattern
+from twofour.compress.engines import CPU_BATCHES, Built, Target, build_engines, target_of
 from twofour.compress.events import Listener
 from twofour.compress.folder import OUTPUTS, Standing, clear, only_run_in, prepare
 from twofour.compress.records import Records
@@ -38,7 +38,6 @@ from twofour.training import Recipe, derive_masks, load_recipe
 from twofour.training.augment import refuse_unaugmentable
 from twofour.training.recipe import shipped_recipes
 
-BATCHES = (1, 32)
 log = logging.getLogger("twofour.compress")
 
 
@@ -95,7 +94,8 @@ def compress(
         epochs: replaces the recipe's number of epochs.
         permute: reorder channels before pruning, as in `prune`.
         seed, seeds: the runs use seed, seed + 1, …, seed + seeds − 1.
-        device: where the trainings run, `cpu` or `cuda`; the engines are built for the CPU.
+        device: where the trainings run and what the engines are for: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU where torch sees one.
+            Where the GPU cannot run the engine (no Hopper, libraries missing) the engines are the CPU's, and the report says why.
         workers: processes that load data; None leaves it to the data.
         skip_bad: leave out images that cannot be read, and say how many, instead of refusing them.
         resume: go on from the last complete epoch or stage of the run in `out`; on a CPU the weights are those of a run that was never
@@ -127,7 +127,7 @@ def compress(
         permute,
         tuple(include),
         tuple(exclude),
-        refuse_absent_device(device),
+        refuse_absent_device(found_device(device)),
         measure_seconds,
         command,
     )
@@ -154,6 +154,13 @@ def compress(
                 if not records.hold_progress:
                     clear(settings.out)
                 raise
+
+
+def found_device(device: str) -> str:
+    """Return what `auto` stands for here, the first GPU if torch sees one, else the CPU; any other device as it is."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def refuse_absent_device(device: str) -> str:
@@ -260,10 +267,11 @@ def _run(settings: Settings, task: Task, stages: Stages, records: Records) -> Co
         said += [str(e) for e in exported.values()]
         checks += [check_export(variant, e) for variant, e in exported.items()]
     with stages.stage("build") as said:
-        plans = _built(settings, exported, records)
-        said.append(str(plans["2:4"]))
+        built = _built(settings, exported, records)
+        said += [built.target.why_cpu] if built.target.why_cpu else []
+        said.append(str(built.plans["2:4"]))
     with stages.stage("measure") as said:
-        found = _measured(settings, task, plans, modules, records)
+        found = _measured(settings, task, built, modules, records)
         agreement = [Agreement(**row) for row in found["agreement"]]
         measurements = [Measurement(**row) for row in found["measurements"]]
         checks += [check_agreement(row) for row in agreement] + check_accuracy(runs, task)
@@ -291,7 +299,7 @@ def _run(settings: Settings, task: Task, stages: Stages, records: Records) -> Co
                     if checkpoint.history
                 ],
                 pruning=first.pruning,
-                plan=plans["2:4"],
+                built=built,
                 checks=checks,
                 measurements=measurements,
                 sizes=sizes,
@@ -330,27 +338,37 @@ def _exported(settings: Settings, task: Task, first: SeedRun, modules: dict[str,
     return exported
 
 
-def _built(settings: Settings, exported: dict[str, Exported], records: Records) -> dict[str, Plan]:
+def _built(settings: Settings, exported: dict[str, Exported], records: Records) -> Built:
     """Build the plans, or find them built."""
     files = {"dense": records.path("dense.plan"), "2:4": settings.out / "model.plan"}
-    if records.read("build") is not None:
-        return {variant: Plan.load(file) for variant, file in files.items()}
-    plans = {variant: build(e.path) for variant, e in exported.items()}
-    for variant, plan in plans.items():
+    if (target := records.read("build")) is not None:
+        return Built({variant: Plan.load(file) for variant, file in files.items()}, Target.from_json(target))
+    onnx = {variant: Path(e.path) for variant, e in exported.items()}
+    built = build_engines(target_of(settings.device), onnx, records.path("timing-cache.json"), _layer_told)
+    for variant, plan in built.plans.items():
         plan.save(files[variant])
-    records.write("build", {}, *files.values())
-    return plans
+    records.write("build", asdict(built.target), *files.values())
+    return built
 
 
-def _measured(settings: Settings, task: Task, plans: dict[str, Plan], modules: dict[str, nn.Module], records: Records) -> Any:
+def _layer_told(done: int, total: int, layer: str) -> None:
+    log.info("timing layer %d of %d: %s", done + 1, total, layer)
+
+
+def _measured(settings: Settings, task: Task, built: Built, modules: dict[str, nn.Module], records: Records) -> Any:
     """Measure the engines and compare them with torch, or find that done; plain JSON values."""
     found = records.read("measure")
     if found is None:
-        engines = {variant: Engine(plan) for variant, plan in plans.items()}
+        target = built.target
+        reference = "cpu" if target.device == "cpu" else settings.device
+        engines = {variant: Engine(plan, device=target.number) for variant, plan in built.plans.items()}
+        measured = measure({**built.plans}, batch=target.batches, seconds=settings.measure_seconds, device=target.number)
         found = {
-            "agreement": [agreement_of(variant, engine, modules[variant], task).model_dump() for variant, engine in engines.items()],
-            "measurements": [m.to_json() for m in measure({**plans}, batch=BATCHES, seconds=settings.measure_seconds)],
-            "profiles": {variant: engine.profile(*engine.random_inputs(BATCHES[-1])) for variant, engine in engines.items()},
+            "agreement": [
+                agreement_of(variant, engine, modules[variant], task, device=reference).model_dump() for variant, engine in engines.items()
+            ],
+            "measurements": [m.to_json() for m in measured],
+            "profiles": {variant: engine.profile(*engine.random_inputs(CPU_BATCHES[-1])) for variant, engine in engines.items()},
         }
         records.write("measure", found)
     return found

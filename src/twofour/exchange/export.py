@@ -42,15 +42,18 @@ def flattened(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def rounding_tolerance(single: list[Tensor], double: list[Tensor]) -> float:
-    """Return how far a correct float32 run of the same graph may be from `single`, in absolute terms.
+def rounding_tolerance(single: list[Tensor], double: list[Tensor], dtype: torch.dtype = torch.float32) -> float:
+    """Return how far a correct run of the same graph in `dtype` may be from `single`, or from `double`, in absolute terms.
 
     The error of torch's own float32 run against float64 is one sample of the rounding of such a run. Another order of summation and
     folded norms give another sample; 8 × the first, plus 8 ulp of the largest output for exact cases, bounds it with room.
+
+    Args:
+        single: torch's outputs in `dtype`. double: in a precision that rounds far less.
     """
     error = max((float((s.double() - d).abs().max()) for s, d in zip(single, double, strict=True) if s.numel()), default=0.0)
     largest = max((float(d.abs().max()) for d in double if d.numel()), default=0.0)
-    return 8 * error + 8 * float(np.finfo(np.float32).eps) * largest
+    return 8 * error + 8 * torch.finfo(dtype).eps * largest
 
 
 def reference_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from twofour.errors import UnsupportedError
+from twofour.plan import Plan
 from twofour.runtime import Engine
 from twofour.timing.gpu import Stopwatch
 
@@ -71,14 +72,14 @@ class _OnStream:
 
 
 def measure_gpu(
-    engines: Mapping[str, Engine], *, batch: Sequence[int], energy: bool = True, watch: Stopwatch | None = None
+    engines: Mapping[str, Engine], *, batch: Sequence[int], energy: bool = True, watch: Stopwatch | None = None, device: int = 0
 ) -> list[GpuMeasurement]:
-    """Return one row an engine and batch size; the engines of a batch size take turns.
+    """Return one row an engine and batch size; the engines, all on GPU `device`, take turns.
 
     Raises:
         InputError: an engine runs on the CPU, or has no such batch size. UnsupportedError, MissingExtraError: clock or power is not read.
     """
-    watch = watch or Stopwatch()
+    watch = watch or Stopwatch(device)
     rows = []
     for size in batch:
         passes = {name: _OnStream(engine.passes(size), int(watch.stream)) for name, engine in engines.items()}
@@ -113,6 +114,13 @@ def measure_gpu(
                 )
             )
     return rows
+
+
+def device_bytes(plan: Plan, batch: int) -> int:
+    """Return the device memory that a GPU plan takes for one batch size: weights, activations and workspace."""
+    program = next(program for program in plan.programs if program.batch == batch)
+    tensors = {value.tensor for value in program.values.values() if value.where == "weights" and value.tensor is not None}
+    return sum(plan.payload[name].nbytes for name in tensors) + program.arena_bytes + program.workspace_bytes
 
 
 def _latencies_ms(passes: _OnStream, watch: Stopwatch) -> list[float]:

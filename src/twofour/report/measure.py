@@ -17,7 +17,11 @@ from twofour.timing import Timing, time_interleaved
 
 @dataclass(frozen=True)
 class Measurement:
-    """One thing at one batch size. Times in milliseconds; spread = (p90 − p10) / median; memory None where it was not asked for."""
+    """One thing at one batch size. Times in milliseconds; spread = (p90 − p10) / median; memory None where it was not asked for.
+
+    Of a GPU plan: p50, p90 and p99 are of single calls; `pass_ms`, n, spread (interquartile range over median) and items a second are of
+    passes back to back once the clock has settled. Energy is None where it was not counted or its reading cannot be trusted.
+    """
 
     name: str
     backend: str
@@ -30,6 +34,11 @@ class Measurement:
     spread: float
     items_per_s: float
     peak_bytes: int | None = None
+    pass_ms: float | None = None
+    burst_ms: float | None = None
+    joules_per_item: float | None = None
+    clock_mhz: float | None = None
+    power_w: float | None = None
 
     def __str__(self) -> str:
         return (
@@ -68,16 +77,20 @@ def measure(
     batch: Sequence[int] = (1, 32),
     seconds: float = 2.0,
     memory: bool = True,
+    device: int = 0,
 ) -> list[Measurement]:
     """Return one Measurement a thing and batch size, all things of a batch size timed in turn in this process.
+
+    GPU plans are timed by the protocol of `timing/gpu.py`, which takes the time that it needs.
 
     Args:
         things: plans or ONNX files; a mapping gives them names.
         seconds: time for each batch size, all things together, after a warm-up.
-        memory: also measure the peak memory of each, in a process of its own.
+        memory: also measure the peak memory of each, in a process of its own; of a GPU plan it is the device memory that it takes.
+        device: number of the GPU for GPU plans.
 
     Raises:
-        InputError: a file is missing or neither plan nor ONNX, a batch below 1, two things of one name.
+        InputError: a file is missing or neither plan nor ONNX, a batch below 1, two things of one name, plans of both kinds.
     """
     if isinstance(things, str | Path | Plan):
         things = {_name(things): things}
@@ -89,6 +102,10 @@ def measure(
     if not things or not batch or any(b < 1 for b in batch):
         raise InputError(f"measure: {len(things)} things at batch {list(batch)}, expected at least one thing and sizes of 1 or more")
     plans = {name: plan_of(thing) for name, thing in things.items()}
+    if on_gpu := [name for name, plan in plans.items() if plan.backend == "cuda"]:
+        if len(on_gpu) < len(plans):
+            raise InputError(f"measure: {on_gpu[0]!r} runs on a GPU and others on the CPU, expected one kind; measure them apart")
+        return _on_gpu(plans, batch, memory, device)
     engines = {name: Engine(plan) for name, plan in plans.items()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -105,6 +122,36 @@ def measure(
             for name, timing in timings.items():
                 peak = measure_peak_bytes(files[name], size) if memory else None
                 rows.append(Measurement.of(name, plans[name].backend, size, timing, peak))
+    return rows
+
+
+def _on_gpu(plans: Mapping[str, Plan], batch: Sequence[int], memory: bool, device: int) -> list[Measurement]:
+    """The measurements of GPU plans."""
+    from twofour.report import gpu
+
+    rows = []
+    for m in gpu.measure_gpu({name: Engine(plan, device=device) for name, plan in plans.items()}, batch=batch, device=device):
+        plan = plans[m.name]
+        rows.append(
+            Measurement(
+                m.name,
+                plan.backend,
+                m.batch,
+                m.n,
+                m.p50_ms,
+                m.p50_ms,
+                m.p90_ms,
+                m.p99_ms,
+                m.spread,
+                m.items_per_s,
+                peak_bytes=gpu.device_bytes(plan, m.batch) if memory else None,
+                pass_ms=m.gpu_ms,
+                burst_ms=m.burst_ms,
+                joules_per_item=m.joules_per_item,
+                clock_mhz=m.clock_mhz,
+                power_w=m.power_w,
+            )
+        )
     return rows
 
 

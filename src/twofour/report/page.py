@@ -4,11 +4,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
+from twofour.builder.record import BuildRecord, why_winner
 from twofour.files import write_text
 from twofour.report import charts, summary, units
 from twofour.report.record import Report
@@ -72,6 +74,8 @@ def _filters(decimals: int, metric_unit: str) -> dict[str, Callable[..., Markup]
         "change": _optional(lambda value: units.signed(100 * value, 1) + " %"),
         "ms": _optional(units.milliseconds_text),
         "plain": _optional(units.significant),
+        "times": _optional(lambda value: f"{units.significant(value)}×"),
+        "millijoules": _optional(lambda value: f"{units.significant(1e3 * value)} mJ"),
         "seconds": _optional(lambda value: f"{units.fixed(value, 1)} s"),
         "tiny": _optional(lambda value: f"{value:.1e}"),
         "metric": _optional(lambda value: units.fixed(value, decimals) + unit),
@@ -129,12 +133,40 @@ def _draw(report: Report) -> dict[str, Markup]:
     return drawn
 
 
+def build_chart(record: BuildRecord, name: str) -> Markup:
+    """Return the time of each layer of a build for the page and again for a phone; nothing where nothing was timed."""
+    if not any(layer.us is not None for layer in record.layers):
+        return Markup("")
+    return both_widths(lambda width, name: charts.time_by_layer(record.layers, width=width, name=name), name)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build report as the page shows it."""
+
+    variant: str
+    record: BuildRecord
+    chart: Markup
+
+
+def _builds(report: Report) -> list[Build]:
+    """Return the build reports of a run, the largest batch first, 2:4 before dense.
+
+    Raises:
+        InputError: one is damaged.
+    """
+    rows = sorted(report.builds, key=lambda row: (row.variant != "2:4", -row.batch))
+    found = [(row.variant, BuildRecord.from_json(json.dumps(row.record))) for row in rows]
+    return [Build(variant, record, build_chart(record, f"build-{i}")) for i, (variant, record) in enumerate(found)]
+
+
 def make_environment(reports: Sequence[Report]) -> jinja2.Environment:
     """Return where the templates are, with numbers shown as suits all of the reports."""
     loader = jinja2.PackageLoader("twofour.report", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     unit = reports[0].metric_unit if len({report.metric_unit for report in reports}) == 1 else ""
-    environment.filters.update(_filters(max(map(metric_decimals, reports)), unit))
+    environment.filters.update(_filters(max(map(metric_decimals, reports), default=2), unit))
+    environment.globals.update(why_winner=why_winner, most_unframed=MOST_UNFRAMED_LAYERS)
     return environment
 
 
@@ -163,6 +195,8 @@ def render(report: Report) -> str:
             of=of,
             recipe=flat(report.recipe),
             charts=_draw(report),
+            builds=_builds(report),
+            on_gpu=any(row.pass_ms is not None for row in report.speed),
             long_table=len(report.layers) > MOST_UNFRAMED_LAYERS,
             permuted=any(layer.permuted for layer in report.layers),
             seconds=sum(report.stage_seconds.values()),

@@ -99,7 +99,11 @@ class Check(_Row):
 
 
 class SpeedRow(_Row):
-    """Latency of one engine at one batch size: `n` interleaved samples, spread = (p90 − p10) / median."""
+    """Speed of one engine at one batch size: `n` samples, the engines in turn.
+
+    On a CPU the samples are calls, and spread = (p90 − p10) / median. On a GPU the percentiles are of single calls; `n`, `spread`
+    (interquartile range over median), `pass_ms` and `items_per_s` are of passes back to back once the power limit has settled the clock.
+    """
 
     variant: Literal["dense", "2:4"]
     """Which engine."""
@@ -120,7 +124,17 @@ class SpeedRow(_Row):
     spread: float
     """(p90 − p10) / median."""
     items_per_s: float
-    """Batch / median."""
+    """Batch / median; on a GPU batch / `pass_ms`."""
+    pass_ms: float | None = None
+    """GPU time of a pass from device memory to device memory, the clock settled; null on a CPU."""
+    burst_ms: float | None = None
+    """GPU time of a pass at full clock; null on a CPU."""
+    joules_per_item: float | None = None
+    """Energy over a window of at least 5 s; null on a CPU, or where the reading cannot be trusted."""
+    clock_mhz: float | None = None
+    """The GPU's clock during the passes; null on a CPU."""
+    power_w: float | None = None
+    """The GPU's power during the passes; null on a CPU."""
 
 
 class SizeRow(_Row):
@@ -135,14 +149,17 @@ class SizeRow(_Row):
 
 
 class MemoryRow(_Row):
-    """Peak resident memory a process gains by loading an engine and running it, at one batch size."""
+    """Memory of one engine at one batch size.
+
+    Of a CPU engine the peak resident memory a process gains by loading and running it; of a GPU engine the device memory it takes.
+    """
 
     variant: Literal["dense", "2:4"]
     """Which engine."""
     batch: int
     """Items a call."""
     peak_bytes: int
-    """Peak resident memory gained."""
+    """Peak resident memory gained, or weights, activations and workspace on the GPU."""
 
 
 class ProfileRow(_Row):
@@ -175,6 +192,22 @@ class Agreement(_Row):
     """Validation items compared."""
     largest_error: float
     """Largest absolute difference of an output."""
+    precision: str = "fp32"
+    """The engine's precision; torch's outputs are in float32."""
+    tolerance: float | None = None
+    """What `largest_error` may be: 8 × the largest error of torch's own run by autocast to the engine's precision, plus 8 ulp of the
+    largest output; null for fp32 engines, whose predictions are compared instead."""
+
+
+class BuildRow(_Row):
+    """The build report of a GPU engine at one batch size: what was tried for every layer and why it runs as it does."""
+
+    variant: Literal["dense", "2:4"]
+    """Which engine."""
+    batch: int
+    """Items a call."""
+    record: dict[str, object]
+    """The builder's record, as `twofour build` keeps it in the plan."""
 
 
 class Environment(_Row):
@@ -226,7 +259,7 @@ class Report(_Row):
     backend: str
     """What ran the engines."""
     sparse_kernels: bool
-    """Whether the backend has kernels that use the 2:4 pattern."""
+    """Whether the 2:4 engine runs kernels that use the 2:4 pattern."""
     statement: str
     """What may be concluded from the speed, size and memory rows."""
     environment: Environment
@@ -247,6 +280,8 @@ class Report(_Row):
     """One row a file."""
     profile: list[ProfileRow]
     """One row a variant and graph node."""
+    builds: list[BuildRow] = []
+    """One row a batch size of a GPU engine; empty for CPU engines."""
     agreement: list[Agreement]
     """One row a variant."""
     notes: list[str]

@@ -52,6 +52,14 @@ def _measured_rows(table: Table, report: Report) -> None:
                 dense_ms, sparse_ms = getattr(speed.dense, f"{name}_ms"), getattr(speed.sparse, f"{name}_ms")
                 label = f"latency {name}, batch {speed.dense.batch}"
                 _add(table, label, units.milliseconds_text(dense_ms), units.milliseconds_text(sparse_ms), _change_text(dense_ms, sparse_ms))
+            if speed.dense.pass_ms and speed.sparse.pass_ms:
+                dense_ms, sparse_ms = speed.dense.pass_ms, speed.sparse.pass_ms
+                label = f"GPU time of a pass, batch {speed.dense.batch}"
+                _add(table, label, units.milliseconds_text(dense_ms), units.milliseconds_text(sparse_ms), _change_text(dense_ms, sparse_ms))
+            if speed.dense.joules_per_item and speed.sparse.joules_per_item:
+                dense_mj, sparse_mj = 1e3 * speed.dense.joules_per_item, 1e3 * speed.sparse.joules_per_item
+                texts = [f"{units.significant(value)} mJ" for value in (dense_mj, sparse_mj)]
+                _add(table, f"energy an item, batch {speed.dense.batch}", *texts, _change_text(dense_mj, sparse_mj))
     for size in summary.size_pairs(report):
         if size.dense and size.sparse:
             dense, sparse = size.dense.bytes, size.sparse.bytes
