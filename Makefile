@@ -8,10 +8,13 @@ KEY    := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 BASE   := $(VENV)/.base-$(KEY)
 DEV    := $(VENV)/.dev-$(KEY)
 
+# A machine with an NVIDIA GPU gets what the GPU engine needs; where torch sees the GPU, the demo then trains and runs on it.
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[cuda,cudnn,peers]')
+
 .PHONY: demo test lint types unit install clean
 
 demo: $(BASE)
-	$(BIN)/twofour compress demo --data digits --seeds 3 --out runs/demo --overwrite
+	$(BIN)/twofour compress demo --data digits --seeds 3 --device auto --out runs/demo --overwrite
 
 test: lint types unit
 
@@ -37,6 +40,9 @@ $(BASE): $(VENV)/bin/python
 	  || $(PIP) --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"; \
 	fi
 	$(PIP) -e .
+	@if [ -n "$(EXTRAS)" ]; then \
+	  $(PIP) -e '.$(EXTRAS)' || echo "what the GPU engine needs cannot be installed beside this torch: engines will be built for the CPU"; \
+	fi
 	@touch $@
 
 $(DEV): $(BASE)

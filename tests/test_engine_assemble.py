@@ -57,6 +57,12 @@ def assembled(
 CASES = [(name, "fp16", False) for name in NETWORKS] + [("resnet", "bf16", False), ("vit", "bf16", False), ("vit", "fp16", True)]
 
 
+def record_of_batch(path: Path, batch: int, precision: str) -> BuildRecord:
+    """The build report of the engine that `assembled` makes."""
+    lowered = Front(path).lower(batch, precision)
+    return record_of(path.name, lowered, plan_memory(lowered.buffers()), first_ways(lowered), GPUS["H200"])
+
+
 @pytest.mark.parametrize(("name", "precision", "apart"), CASES)
 def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: str, precision: str, apart: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"

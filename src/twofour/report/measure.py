@@ -41,6 +41,12 @@ class Measurement:
     power_w: float | None = None
 
     def __str__(self) -> str:
+        if self.pass_ms is not None:
+            energy = "" if self.joules_per_item is None else f", {1e3 * self.joules_per_item:.3g} mJ an item"
+            return (
+                f"Measurement({self.name}, batch {self.batch}: a pass {self.pass_ms:.3f} ms, {self.items_per_s:,.0f} items/s{energy}, "
+                f"n {self.n}, spread {100 * self.spread:.0f} %; a call {self.p50_ms:.3f} ms, p99 {self.p99_ms:.3f})"
+            )
         return (
             f"Measurement({self.name}, batch {self.batch}: {self.median_ms:.3f} ms, p90 {self.p90_ms:.3f}, p99 {self.p99_ms:.3f}, "
             f"{self.items_per_s:,.0f} items/s, n {self.n}, spread {100 * self.spread:.0f} %)"
