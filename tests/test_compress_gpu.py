@@ -1,4 +1,4 @@
-"""`compress` for a GPU, on a GPU made of host memory: engines, their check against torch, their build report; and what falls back to the CPU."""
+"""`compress` for a GPU, on one made of host memory: engines, their check against torch, their build report; what falls back to the CPU."""
 
 import importlib
 import json
@@ -167,8 +167,8 @@ def test_a_gpu_engine_says_whether_a_sparse_kernel_ran(gpu: list[OracleGpu], spa
     assert statement_of(built) == "This engine ran on NVIDIA H200 in fp16, with sparse kernels where they were faster."
     plan.about["sparse_kernels"] = False
     assert statement_of(Built({"2:4": plan}, Target("cuda:0", "fp16", (1,)))) == (
-        "This engine ran on NVIDIA H200 in fp16, without sparse kernels: no layer was faster with its zeros left out; the build report says "
-        "so layer by layer. Any difference between the two columns is noise."
+        "This engine ran on NVIDIA H200 in fp16, without sparse kernels: no layer was faster with its zeros left out; the build report "
+        "says so layer by layer. Any difference between the two columns is noise."
     )
 
 
