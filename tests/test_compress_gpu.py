@@ -244,11 +244,21 @@ def test_auto_is_a_gpu_where_torch_sees_one(is_available: bool, monkeypatch: pyt
     assert found_device("cuda:1") == "cuda:1"
 
 
-def test_without_a_gpu_auto_is_the_run_on_the_cpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+def test_without_a_gpu_auto_is_the_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = compress("demo", "digits", out=tmp_path / "run", epochs=1, permute=False, measure_seconds=0.05, device="auto")
     assert done.report.backend == "onnxruntime"
     assert done.report.statement.startswith("This engine ran on the CPU.")
     assert done.report.builds == []
     assert json.loads((done.out / "run.json").read_text())["arguments"]["device"] == "cpu"
+
+
+@pytest.mark.gpu
+def test_on_a_hopper_the_demo_trains_and_runs_there(tmp_path: Path) -> None:
+    done = compress("demo", "digits", out=tmp_path / "run", epochs=2, permute=False, device="auto")
+    report = done.report
+    assert report.backend == "cuda", report.statement
+    assert [check.detail for check in report.checks if check.name.startswith("engine predicts") and not check.passed] == []
+    assert {(row.variant, row.batch) for row in report.builds} == {(v, b) for v in ("dense", "2:4") for b in engines.GPU_BATCHES}
+    assert all(row.pass_ms for row in report.speed)
+    assert 'id="build-table-1"' in (done.out / "report.html").read_text(encoding="utf-8")
