@@ -1,0 +1,80 @@
+"""Whole networks through build, plan and runtime on a real GPU, against ONNX Runtime in float32 (`pytest -m gpu`)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from graphs import network, text_model
+from test_engine_assemble import NETWORKS, ROUNDING
+
+import twofour
+from twofour.builder.build import build
+
+pytestmark = pytest.mark.gpu
+
+CACHE = "timings.json"
+SIZES = [(1, 1), (2, 3), (7, 5), (31, 33), (224, 223), (513, 257)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / CACHE
+
+
+def check(path: Path, batches: tuple[int, ...], items: tuple[int, ...], precision: str, cache: Path, **options: Any) -> Any:
+    """The engine of a file gives what ONNX Runtime gives, for any number of items; return the plan."""
+    plan = build(path, batch=batches, precision=precision, device="cuda", timing_cache=cache, **options)
+    plan.save(path.with_suffix(".plan"))
+    engine = twofour.load(path.with_suffix(".plan"))
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    layers = sum(bool(layer["flops"]) for layer in plan.about["builds"][0]["layers"])
+    for count in items:
+        shape = tuple(count if size is None else size for size in plan.inputs[0].shape)
+        x = np.random.default_rng(count).standard_normal(shape).astype(np.float32)
+        wanted = np.concatenate([session.run(None, {session.get_inputs()[0].name: x[i : i + 1]})[0] for i in range(count)])
+        # Every layer rounds its result once; the errors of L layers add as square roots, and a network amplifies some of them.
+        limit = 8 * ROUNDING[precision] * np.sqrt(layers) * np.abs(wanted).max()
+        assert np.abs(np.asarray(engine(x)) - wanted).max() <= limit
+    return plan
+
+
+@pytest.mark.parametrize(("name", "precision"), [(name, "fp16") for name in NETWORKS] + [("resnet", "bf16"), ("vit", "bf16")])
+def test_a_network_on_the_gpu_gives_what_onnx_runtime_gives(name: str, precision: str, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network(name), path)
+    check(path, (2,), (1, 3), precision, cache)
+
+
+def ragged(height: int, width: int) -> onnx.ModelProto:
+    """Convolutions of channels that are no multiples of 8, strided and not, a pool, a shortcut, a classifier."""
+    rng = np.random.default_rng(height * 1000 + width)
+
+    def normal(*shape: int) -> Any:
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+    body = (
+        "a = Conv <pads=[1,1,1,1], strides=[2,2]> (x, w1, b1) b = Relu(a) c = Conv <pads=[1,1,1,1]> (b, w2) "
+        "p = MaxPool <kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]> (c) d = Conv(p, w3) e = Add(d, p) f = Relu(e) "
+        "g = GlobalAveragePool(f) h = Flatten(g) y = Gemm(h, w4, b4)"
+    )
+    weights = {"w1": normal(20, 3, 3, 3), "b1": normal(20), "w2": normal(36, 20, 3, 3), "w3": normal(36, 36, 1, 1)}
+    weights |= {"w4": normal(36, 10), "b4": normal(10)}
+    model = text_model(f"float[N,3,{height},{width}] x", body, "float[N,10] y", **weights)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_odd_images_and_ragged_channels(size: tuple[int, int], cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(ragged(*size), path)
+    check(path, (1, 4), (1, 2, 5, 9), "fp16", cache)
+
+
+def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("mlp_mixer"), path)
+    plan = build(path, batch=(2,), precision="fp16", device="cuda", sparsity="force", timing_cache=cache)
+    assert "the accuracy of this engine is gone" in plan.about["note"]
