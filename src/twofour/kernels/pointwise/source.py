@@ -3,13 +3,11 @@
 import struct
 from pathlib import Path
 
-from twofour.jit.source import Source, digest, flatten
+from twofour.jit.source import Source
 from twofour.kernels.pointwise.contract import ARITY, THREADS, Config, Instruction, Launch, Problem
-from twofour.kernels.shared import FOLDER as SHARED
-from twofour.kernels.shared import TYPE_NUMBER, flag, type_name
+from twofour.kernels.shared import TYPE_NUMBER, flag, kernel_digest, kernel_text, type_name
 
 FOLDER = Path(__file__).parent
-INCLUDE = FOLDER.parent / "include"
 _OPERATION = {name: number for number, name in enumerate(ARITY)}
 
 
@@ -52,14 +50,9 @@ def source(problem: Problem, config: Config, launch: Launch) -> Source:
         call = f"pointwise_tiled<{program}, {signature}, {raw}, {launch.turn_axis}, {wide}>"
     else:
         call = f"pointwise<{program}, {signature}, {raw}, {config.vector}, {config.repeat}, {wide}>"
-    stub = (
-        f'#include "pointwise.cuh"\n'
-        f'extern "C" __global__ void __launch_bounds__({THREADS}) pointwise(const __grid_constant__ twofour::PointwiseParams params) {{\n'
-        f"    using namespace twofour;\n    {call}(params);\n}}\n"
-    )
-    return Source("pointwise", flatten(stub, [FOLDER, SHARED, INCLUDE]))
+    return kernel_text(FOLDER, call, THREADS)
 
 
 def sources_digest() -> str:
     """Return the digest of the family's device sources, comments stripped."""
-    return digest([*FOLDER.glob("*.cuh"), *SHARED.glob("*.cuh"), INCLUDE / "ptx_sm90.cuh"])
+    return kernel_digest(FOLDER)

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from twofour.jit.source import Source, digest, flatten
+from twofour.jit.source import Source
 from twofour.kernels.pool.contract import MOST_UNROLLED, THREADS, AnyProblem, Config, Launch, Problem
-from twofour.kernels.shared import FOLDER as SHARED
-from twofour.kernels.shared import flag, type_name
+from twofour.kernels.shared import flag, kernel_digest, kernel_text, type_name
 
 FOLDER = Path(__file__).parent
-INCLUDE = FOLDER.parent / "include"
 _COORDINATE = {
     "half_pixel": "kHalfPixel",
     "pytorch_half_pixel": "kPytorchHalfPixel",
@@ -30,14 +28,9 @@ def source(problem: AnyProblem, config: Config, launch: Launch) -> Source:
         linear = flag(problem.kind == "linear")
         call = f"resize<{kind}, {config.vector}, {linear}, Coordinate::{coordinate}, Rounding::{rounding}, {wide}>"
     # NOTE: without the 4, ptxas 13.0 aims at more threads a multiprocessor and spills a few registers for it.
-    stub = (
-        f'#include "pool.cuh"\n'
-        f'extern "C" __global__ void __launch_bounds__({THREADS}, 4) pool(const __grid_constant__ twofour::PoolParams params) {{\n'
-        f"    using namespace twofour;\n    twofour::{call}(params);\n}}\n"
-    )
-    return Source("pool", flatten(stub, [FOLDER, SHARED, INCLUDE]))
+    return kernel_text(FOLDER, f"twofour::{call}", f"{THREADS}, 4")
 
 
 def sources_digest() -> str:
     """Return the digest of the family's device sources, comments stripped."""
-    return digest([*FOLDER.glob("*.cuh"), *SHARED.glob("*.cuh"), INCLUDE / "ptx_sm90.cuh"])
+    return kernel_digest(FOLDER)

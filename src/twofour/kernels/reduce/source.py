@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from twofour.jit.source import Source, digest, flatten
+from twofour.jit.source import Source
 from twofour.kernels.reduce.contract import Config, Launch, Problem
-from twofour.kernels.shared import FOLDER as SHARED
-from twofour.kernels.shared import flag, type_name
+from twofour.kernels.shared import flag, kernel_digest, kernel_text, type_name
 
 FOLDER = Path(__file__).parent
-INCLUDE = FOLDER.parent / "include"
 _KIND = {
     "mean": "kMean",
     "sum": "kSum",
@@ -28,14 +26,9 @@ def source(problem: Problem, config: Config, launch: Launch) -> Source:
         call = f"reduce_rows<{kind}, {choice}>"
     else:
         call = f"reduce_columns<{kind}, {types}, {config.vector}, {config.threads}>"
-    stub = (
-        f'#include "reduce.cuh"\n'
-        f'extern "C" __global__ void __launch_bounds__({launch.threads}) reduce(const __grid_constant__ twofour::ReduceParams params) {{\n'
-        f"    using namespace twofour;\n    {call}(params);\n}}\n"
-    )
-    return Source("reduce", flatten(stub, [FOLDER, SHARED, INCLUDE]))
+    return kernel_text(FOLDER, call, launch.threads)
 
 
 def sources_digest() -> str:
     """Return the digest of the family's device sources, comments stripped."""
-    return digest([*FOLDER.glob("*.cuh"), *SHARED.glob("*.cuh"), INCLUDE / "ptx_sm90.cuh"])
+    return kernel_digest(FOLDER)
