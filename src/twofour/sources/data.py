@@ -9,7 +9,8 @@ import torch
 from twofour.errors import InputError, nearest
 from twofour.sources.files import call_function, is_function_spec
 from twofour.sources.images import IMAGE_PX, cifar10, image_folder, task_of
-from twofour.sources.task import ArrayDataset, Task
+from twofour.sources.items import ArrayDataset
+from twofour.sources.task import Task
 
 NUM_DIGITS_VALIDATION = 360
 
