@@ -59,7 +59,7 @@ def command(
     refuse_absent_device(device)
     source = resolve_model(model)
     task = resolve_task(data, workers=workers, skip_bad=skip_bad)
-    chosen = load_recipe(recipe or data)
+    chosen = load_recipe(data if recipe is None else recipe)
     changes = {"seed": chosen.seed + seed, **({"epochs": epochs} if epochs is not None else {})}
     chosen = chosen.model_copy(update=changes)
     torch.manual_seed(chosen.seed)
