@@ -458,7 +458,36 @@ def test_progress_tells_items_a_second_and_time_left(monkeypatch: pytest.MonkeyP
         "  seed 0, dense: 21 items/s, about 6 min left, epoch 5 of 10, 640 of 1,280 items",
         "  seed 0, dense: loss 0.500, 90.00, about 5 min left, epoch 5 of 10",
     ]
-    assert [progress.duration_text(s) for s in (42, 3700, 11_100, 190_000)] == ["42 s", "62 min", "3 h 05 min", "2 d 4 h"]
+    told = [progress.duration_text(s) for s in (42, 3700, 11_100, 190_000, 4e12)]
+    assert told == ["42 s", "62 min", "3 h 05 min", "2 d 4 h", "126,839 years"]
+
+
+def test_a_training_of_any_length_tells_its_time_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from twofour.cli import progress
+    from twofour.compress.events import EpochFinished, StageStarted
+    from twofour.training import Epoch
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    written = io.StringIO()
+    show = progress.ProgressDisplay(Console(file=written, width=200))
+    show(StageStarted("train", 10**9))
+    for number in range(1, 31):
+        now[0] += 0.5
+        show(EpochFinished("dense", 0, Epoch(number, 0.5, 90.0, 0.1, 0.5), 10**9))
+    assert written.getvalue().splitlines() == [
+        f"  seed 0, dense: loss 0.500, 90.00, about 15 years left, epoch {number} of 1000000000" for number in (2, 22)
+    ]
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+def test_a_number_that_no_time_can_be_told_for_is_refused(run, option: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("compress", "demo", "--data", "digits", option, "9" * 400)
+    assert (outcome.code, "is not in the range 1<=x<=2147483648" in outcome.err) == (2, True), outcome.err
 
 
 def test_the_documented_events_are_those_that_there_are() -> None:

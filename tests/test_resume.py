@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_epoch(tmp_path: Path, mon
 
     monkeypatch.setattr(loop._Run, "_step", breaking)
     told = (
-        r"seed 0, dense: training: the loss of epoch 3 is nan, .*lower the recipe's lr; the network after epoch 2 is kept in '.*last-good"
+        r"seed 0, dense: training: the loss of epoch 3 is nan, .*lower the recipe's lr.*; the network after epoch 2 is kept in '.*last-good"
     )
     with pytest.raises(TrainingError, match=told):
         run(tmp_path / "run")

@@ -9,7 +9,9 @@ import pytest
 
 from twofour.cli import main
 from twofour.errors import UserCodeError
+from twofour.sources import resolve_model, resolve_task
 from twofour.sources.files import call_function
+from twofour.training import evaluate
 
 # Each factory gives a task or a network of which one part breaks.
 OWN = """
@@ -98,6 +100,50 @@ def only_eval(num_classes):
 def only_forward(num_classes):
     return OnlyForward(num_classes)
 
+class Lazy(torch.utils.data.Dataset):
+    # Items that nothing but loading shows.
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+x, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+
+def with_label(label):
+    wrong = y.clone()
+    wrong[20] = label
+    return wrong
+
+def with_value(value):
+    wrong = x.clone()
+    wrong[20, 3] = value
+    return wrong
+
+Pair = torch.utils.data.TensorDataset
+Arrays = ArrayDataset
+late_label = lambda: Task("own", Arrays(x, y), Arrays(x, with_label(7)), 2)
+late_training_label = lambda: Task("own", Pair(x, with_label(-100)), Pair(x, y), 2)
+late_label_of_a_part = lambda: Task("own", Pair(x, y), torch.utils.data.Subset(Pair(x, with_label(7)), range(10, 32)), 2)
+nan_input = lambda: (Pair(x, y), Pair(with_value(float("nan")), y))
+infinite_training_input = lambda: Task("own", Arrays((with_value(float("inf")),), y), Arrays((x,), y), 2)
+no_training_items = lambda: Task("own", Arrays(x[:0], y[:0]), Arrays(x, y), 2)
+one_class = lambda: (Pair(x, 0 * y), Pair(x, 0 * y))
+one_class_of_many = lambda: Task("own", Pair(x, 0 * y), Pair(x, y), 2)
+task_of_one_class = lambda: Task("own", Lazy(x, 0 * y), Lazy(x, 0 * y), 1)
+class_of_validation = lambda: (Pair(x, y), Pair(x, with_label(7)))
+lazy_label = lambda: Task("own", Lazy(x, y), Lazy(x, with_label(7)), 2)
+lazy_nan = lambda: Task("own", Lazy(x, y), Lazy(with_value(float("nan")), y), 2)
+
+class NanIsMissing(Net):
+    def forward(self, x):
+        return super().forward(torch.nan_to_num(x))
+
+def nan_is_missing(num_classes):
+    return NanIsMissing(num_classes)
+
 def leaves():
     sys.exit(0)
 
@@ -160,6 +206,53 @@ def test_a_metric_that_turns_infinite_later_names_the_stage(own: Path, capsys: p
 def test_items_that_leave_do_not_end_the_run_with_their_code(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compress("net", "leaving_items") == 2
     assert "a batch cannot be loaded: SystemExit: 0; mend the data set" in capsys.readouterr().err
+
+
+NOT_FINITE = "the input holds NaN or infinity, and so does the model's output for it, expected finite values; mend or remove the item"
+NO_OUTPUT = "does not fit the model's 2 outputs, expected 0 to 1; mend the labels or num_classes"
+CLASSES = "expected at least two classes; mend the labels, or"
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("late_label", f"data 'own', validation item 20: label 7 {NO_OUTPUT}"),
+        ("late_training_label", f"data 'own', training item 20: label -100 {NO_OUTPUT}"),
+        ("late_label_of_a_part", f"data 'own', validation item 10: label 7 {NO_OUTPUT}"),
+        ("nan_input", f"data 'own.py:nan_input', validation item 20: {NOT_FINITE}"),
+        ("infinite_training_input", f"data 'own', training item 20: {NOT_FINITE}"),
+        ("no_training_items", "data 'own' has no training items, expected at least one"),
+        ("one_class", f"function 'own.py:one_class': all 32 training items are of class 0, {CLASSES} return a Task with a loss of its own"),
+        ("one_class_of_many", f"data 'own': all 32 training items are of class 0, {CLASSES} give a Task with a loss of its own"),
+        ("task_of_one_class", "data 'own' have one class, expected at least two; give a Task with a loss of its own for anything else"),
+        (
+            "class_of_validation",
+            "function 'own.py:class_of_validation': validation item 20 is of class 7, which no training item is of (such classes: [7]); "
+            "mend the labels, or return a Task with num_classes",
+        ),
+    ],
+)
+def test_one_wrong_item_anywhere_in_memory_is_named_before_anything_is_written(
+    own: Path, capsys: pytest.CaptureFixture[str], data: str, sentence: str
+) -> None:
+    assert compress("net", data) == 2
+    assert capsys.readouterr().err == f"twofour: {sentence}\n"
+    assert not (own / "run").exists()
+
+
+@pytest.mark.parametrize(("data", "sentence"), [("lazy_label", f"label 7 {NO_OUTPUT}"), ("lazy_nan", NOT_FINITE)])
+def test_one_wrong_item_that_only_loading_shows_is_named_after_the_first_epoch(
+    own: Path, capsys: pytest.CaptureFixture[str], data: str, sentence: str
+) -> None:
+    assert compress("net", data) == 2
+    assert capsys.readouterr().err.strip().endswith(f"data 'own', validation item 20: {sentence}")
+    assert [file.name for file in (own / "run").iterdir()] == ["log.txt"]
+
+
+def test_a_model_that_expects_nan_for_a_missing_value_may_have_it(own: Path) -> None:
+    task, model = resolve_task("own.py:nan_input"), resolve_model("own.py:nan_is_missing").make(2)
+    task.refuse_unfit(model)
+    assert 0 <= evaluate(model, task) <= 100
 
 
 def test_debug_shows_the_users_own_line(own: Path) -> None:

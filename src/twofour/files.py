@@ -61,14 +61,15 @@ def existing_file(path: str | Path, what: str) -> Path:
     """Return `path` if it is a file that this process may look at; `what` names it in the error.
 
     Raises:
-        InputError: it is missing, a folder, or out of reach (permissions, a name too long).
+        InputError: it is missing, no file (a folder, a device), or out of reach (permissions, a name too long).
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise InputError(f"{what} {str(path)!r} is a folder, expected a file")
         if not path.is_file():
-            raise InputError(f"{what} {str(path)!r} does not exist")
+            state = "is a device or a pipe, expected a file" if path.exists() else "does not exist"
+            raise InputError(f"{what} {str(path)!r} {state}")
     except OSError as error:
         raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
     return path

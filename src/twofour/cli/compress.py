@@ -17,9 +17,9 @@ from twofour.cli import options
 @click.option("--out", type=options.PATH, help="Output folder; by default runs/MODEL-DATA.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @options.resume_option
-@click.option("--epochs", type=click.IntRange(1), help="Replaces the recipe's number of epochs.")
+@click.option("--epochs", type=click.IntRange(1, 2**31), help="Replaces the recipe's number of epochs.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds; files come from the first.")
+@click.option("--seeds", type=click.IntRange(1, 2**31), default=1, show_default=True, help="Number of seeds; files come from the first.")
 @options.method_option
 @options.permute_option
 @options.include_option

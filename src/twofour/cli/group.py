@@ -101,7 +101,8 @@ def main(args: list[str] | None = None) -> None:
         click.echo(f"twofour: interrupted{'; the same command with --resume goes on' if resumable else ''}", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        click.echo(f"twofour: {error.format_message()}", err=True)
+        # click lists the choices of a missing argument one a line.
+        click.echo(f"twofour: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except (TwofourError, OSError, MemoryError) as error:
         if "--debug" in arguments:

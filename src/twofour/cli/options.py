@@ -10,7 +10,18 @@ import click
 
 from twofour.cli import names
 
-PATH = click.Path(path_type=Path)
+
+class NamedPath(click.Path):
+    """A path; an empty or blank one, as an unset variable of a shell gives it, would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, but refuse a blank name."""
+        if not str(value).strip():
+            self.fail(f"{str(value)!r} is blank, expected a file or folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = NamedPath(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 model_argument: Decorator = click.argument("model", shell_complete=names.complete_model)

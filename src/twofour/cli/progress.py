@@ -24,19 +24,23 @@ from twofour.compress.events import (
 )
 from twofour.errors import TwofourError
 
-# Where there is no terminal, a long training tells how it does this often.
+# Where there is no terminal, a stage tells the time left this soon, then this often.
+SECONDS_BEFORE_FIRST_LINE = 1.0
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration as people say it: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    """Return a duration as people say it: 42 s, 12 min, 3 h 05 min, 2 d 4 h, 7 years."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    if hours < 48:
+        return f"{hours} h {minutes:02} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if days < 730 else f"{days // 365:,} years"
 
 
 class ProgressDisplay:
@@ -57,7 +61,8 @@ class ProgressDisplay:
             disable=not self._live,
         )
         self._task = self._progress.add_task("", total=None, status="")
-        self._steps, self._done, self._restored, self._start, self._told = 0, 0, 0, 0.0, 0.0
+        self._steps, self._done, self._restored, self._start = 0, 0, 0, 0.0
+        self._told: float | None = None
         self._epoch_text = ""
 
     def __enter__(self) -> "ProgressDisplay":
@@ -71,7 +76,7 @@ class ProgressDisplay:
         """Show one event."""
         if isinstance(event, StageStarted):
             self._steps, self._done, self._restored, self._epoch_text = event.steps, 0, 0, ""
-            self._start = self._told = time.perf_counter()
+            self._start, self._told = time.perf_counter(), None
             self._progress.reset(self._task, total=event.steps or None, description=event.stage, status="")
         elif isinstance(event, EpochsRestored):
             self._done += event.done
@@ -94,14 +99,22 @@ class ProgressDisplay:
             return ""
         return f", about {duration_text((time.perf_counter() - self._start) / share * (self._steps - done))} left"
 
+    def _is_due(self) -> bool:
+        now = time.perf_counter()
+        since, wait = (self._start, SECONDS_BEFORE_FIRST_LINE) if self._told is None else (self._told, SECONDS_BETWEEN_LINES)
+        return not self._live and now - since >= wait
+
+    def _tell(self, line: str) -> None:
+        self._told = time.perf_counter()
+        say(self._console, f"  {line}")
+
     def _within(self, event: StepsDone) -> None:
         step = event.step
         done = self._done + step.items / step.of_items
         status = f"seed {event.seed}, {event.variant}: {self._epoch_text}{step.items_per_s:,.0f} items/s{self._left(done)}"
         self._progress.update(self._task, completed=done, status=status)
-        if not self._live and time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = time.perf_counter()
-            say(self._console, f"  {status}, epoch {step.epoch} of {event.epochs}, {step.items:,} of {step.of_items:,} items")
+        if self._is_due():
+            self._tell(f"{status}, epoch {step.epoch} of {event.epochs}, {step.items:,} of {step.of_items:,} items")
 
     def _finished(self, event: EpochFinished) -> None:
         self._done += 1
@@ -109,10 +122,8 @@ class ProgressDisplay:
         self._epoch_text = f"loss {epoch.loss:.3f}, {epoch.metric:.2f}, "
         status = f"seed {event.seed}, {event.variant}: loss {epoch.loss:.3f}, {epoch.metric:.2f}{self._left(self._done)}"
         self._progress.update(self._task, completed=self._done, status=status)
-        due = time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES
-        if not self._live and (epoch.number == event.epochs or due):
-            self._told = time.perf_counter()
-            say(self._console, f"  {status}, epoch {epoch.number} of {event.epochs}")
+        if self._is_due() or (not self._live and epoch.number == event.epochs):
+            self._tell(f"{status}, epoch {epoch.number} of {event.epochs}")
         if epoch.number == event.epochs:
             self._epoch_text = ""
 

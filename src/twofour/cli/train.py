@@ -14,7 +14,7 @@ from twofour.cli import options
 @options.recipe_option
 @click.option("--out", type=options.PATH, required=True, help="The checkpoint, .safetensors.")
 @options.resume_option
-@click.option("--epochs", type=click.IntRange(1), help="Replaces the recipe's number of epochs.")
+@click.option("--epochs", type=click.IntRange(1, 2**31), help="Replaces the recipe's number of epochs.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @options.device_option
 @options.workers_option
@@ -59,7 +59,7 @@ def command(
     refuse_absent_device(device)
     source = resolve_model(model)
     task = resolve_task(data, workers=workers, skip_bad=skip_bad)
-    chosen = load_recipe(recipe or data)
+    chosen = load_recipe(data if recipe is None else recipe)
     changes = {"seed": chosen.seed + seed, **({"epochs": epochs} if epochs is not None else {})}
     chosen = chosen.model_copy(update=changes)
     torch.manual_seed(chosen.seed)

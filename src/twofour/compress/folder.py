@@ -42,8 +42,12 @@ def prepare(path: Path, arguments: Mapping[str, Any], *, overwrite: bool = False
             raise InputError(f"output folder {str(path)!r} holds files that no run of twofour wrote ({foreign[0]} …); name another --out")
         standing = _standing(path, [name for name in held if name not in (MARK, LOCK)], arguments, overwrite, resume)
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output folder {str(path)!r} cannot be used: {error.strerror}; name another --out") from error
+    except (OSError, ValueError) as error:
+        # A name that no system takes, one with a null character, is a ValueError.
+        if isinstance(error, InputError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"output folder {str(path)!r} cannot be used: {reason}; name another --out") from error
     return standing
 
 

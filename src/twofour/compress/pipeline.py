@@ -185,7 +185,7 @@ def _recipe(recipe: str | Recipe | None, data: str) -> Recipe:
         raise InputError(
             f"compress: there is no recipe named after data {data!r}; give --recipe, one of {sorted(shipped_recipes())} or a file"
         )
-    return load_recipe(recipe or data)
+    return load_recipe(data if recipe is None else recipe)
 
 
 class _LogFile(logging.FileHandler):

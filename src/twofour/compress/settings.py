@@ -35,7 +35,7 @@ class Settings:
         files = {}
         for spec in (self.model, self.data):
             if is_function_spec(spec):
-                file = Path(spec.rpartition(":")[0])
+                file = existing_file(spec.rpartition(":")[0], "file")
                 files[file.name] = digest(file)
         weights = None if self.weights is None else digest(existing_file(self.weights, "weights file"))
         return {

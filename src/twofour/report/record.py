@@ -298,15 +298,20 @@ class Report(_Row):
         """Return the report in a `report.json`.
 
         Raises:
-            InputError: missing, not JSON, of another schema, or a field is wrong.
+            InputError: missing, unreadable, not JSON, of another schema, or a field is wrong.
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"report {str(path)!r} does not exist")
-        data = path.read_bytes()
+            raise InputError(f"report {str(path)!r} does not exist; name the folder of a finished run, one that was stopped needs --resume")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"report {str(path)!r} cannot be read: {error.strerror}; mend its permissions or run compress again"
+            ) from error
         try:
             schema = json.loads(data).get("schema_version")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"report {str(path)!r} is damaged: it holds no JSON object ({error}); run compress again") from error
         if schema != SCHEMA:
             raise InputError(f"report {str(path)!r} has schema {schema}, this version reads {SCHEMA}; run compress again")

@@ -9,7 +9,8 @@ import torch
 from twofour.errors import InputError, nearest
 from twofour.sources.files import call_function, is_function_spec
 from twofour.sources.images import IMAGE_PX, cifar10, image_folder, task_of
-from twofour.sources.task import ArrayDataset, Task
+from twofour.sources.items import ArrayDataset
+from twofour.sources.task import Task
 
 NUM_DIGITS_VALIDATION = 360
 
@@ -61,8 +62,10 @@ def resolve_task(spec: str, *, workers: int | None = None, skip_bad: bool = Fals
 def _task_of(spec: str, skip_bad: bool) -> Task:
     prefix, colon, rest = spec.partition(":")
     kind, at, size = prefix.partition("@")
+    if colon and (kind == IMAGES or prefix in FOLDERS) and not rest.strip():
+        raise InputError(f"data {spec!r} name no folder, expected {prefix}:DIR")
     if colon and kind == IMAGES and not is_function_spec(spec):
-        if at and not (size.isdigit() and int(size) > 0):
+        if at and not (size.isdecimal() and int(size) > 0):
             raise InputError(f"data {spec!r}: size {size!r} is no positive number of pixels; write imagefolder@224:DIR")
         return image_folder(rest, int(size) if at else IMAGE_PX, skip_bad)
     if skip_bad:

@@ -50,11 +50,13 @@ def _config_of(name: str) -> Any:
 
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"model 'hf:{name}': the folder has no config.json, expected one saved by save_pretrained")
+        raise InputError(f"model {f'hf:{name}'!r}: the folder has no config.json, expected one saved by save_pretrained")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/")):
-        raise InputError(f"model 'hf:{name}': the folder {name!r} does not exist; name a folder with config.json, or a model on the hub")
+        raise InputError(
+            f"model {f'hf:{name}'!r}: the folder {name!r} does not exist; name a folder with config.json, or a model on the hub"
+        )
     if path.is_file() and path.suffix != ".json":
-        raise InputError(f"model 'hf:{name}' is a file, expected a folder, a config.json or a name on the hub")
+        raise InputError(f"model {f'hf:{name}'!r} is a file, expected a folder, a config.json or a name on the hub")
     try:
         with _quiet():
             if not path.exists():
@@ -62,14 +64,14 @@ def _config_of(name: str) -> Any:
             # Read here first: Transformers would look for a damaged or unnamed file on the hub.
             file = path if path.is_file() else path / "config.json"
             if "model_type" not in json.loads(file.read_text(encoding="utf-8")):
-                raise InputError(f"model 'hf:{name}': {file.name} names no model_type, expected the config of a Transformers model")
+                raise InputError(f"model {f'hf:{name}'!r}: {file.name} names no model_type, expected the config of a Transformers model")
             return AutoConfig.from_pretrained(file.parent if path.is_dir() else file, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:
         # The hub, the file system and the config's own checks raise dozens of kinds.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"model 'hf:{name}' is neither a folder with config.json nor to be had from the hub: {reason}") from error
+        raise InputError(f"model {f'hf:{name}'!r} is neither a folder with config.json nor to be had from the hub: {reason}") from error
 
 
 def _auto_class(config: Any, name: str) -> Any:
@@ -80,7 +82,7 @@ def _auto_class(config: Any, name: str) -> Any:
     said = " ".join(getattr(config, "architectures", None) or ())
     kinds = [kind for kind in (Images, Text) if type(config) in kind._model_mapping]
     if not kinds:
-        raise InputError(f"model 'hf:{name}' is a {config.model_type}, which has no image or text classifier in Transformers")
+        raise InputError(f"model {f'hf:{name}'!r} is a {config.model_type}, which has no image or text classifier in Transformers")
     return Images if Images in kinds and (len(kinds) == 1 or "ForImageClassification" in said) else Text
 
 
@@ -125,7 +127,7 @@ def huggingface_model(name: str) -> Callable[[int], nn.Module]:
         except Exception as error:
             # Whatever the hub, the files or the network's own code raise.
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"model 'hf:{name}' cannot be made: {reason}") from error
+            raise InputError(f"model {f'hf:{name}'!r} cannot be made: {reason}") from error
         module: nn.Module = model
         module.register_forward_hook(logits)
         return module

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from twofour.errors import InputError
-from twofour.sources.task import ArrayDataset, Task
+from twofour.sources.items import ArrayDataset
+from twofour.sources.task import Task
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -112,7 +113,7 @@ def image_folder(folder: str, size: int = IMAGE_PX, skip_bad: bool = False) -> T
     """
     root = Path(folder)
     if not folder or not root.is_dir():
-        state = "is a file" if root.is_file() else "does not exist"
+        state = "is a file" if root.exists() else "does not exist"
         raise InputError(f"image folder {folder!r} {state}; name a folder with train/CLASS/image.jpg and val/CLASS/image.jpg")
     splits = {}
     for split in ("train", "val"):
@@ -179,7 +180,7 @@ def task_of(result: Any, spec: str) -> Task:
     """Return what a user's function gave as a Task: a Task, or a pair (train, validation) of datasets of (input, class) items.
 
     Raises:
-        InputError: it is neither, a dataset is empty, or an item is no (input, class).
+        InputError: it is neither, a dataset is empty, an item is no (input, class), or the training items do not show the classes.
     """
     if isinstance(result, Task):
         return result
@@ -198,4 +199,16 @@ def task_of(result: Any, spec: str) -> Task:
         ) from error
     if min(classes) < 0:
         raise InputError(f"function {spec!r}: class {min(classes)} is negative, expected 0 and up")
+    trained = set(classes[: len(train)])
+    if len(trained) < 2:
+        raise InputError(
+            f"function {spec!r}: all {len(train)} training items are of class {classes[0]}, expected at least two classes; mend the "
+            "labels, or return a Task with a loss of its own"
+        )
+    if unknown := sorted(set(classes) - trained):
+        item = next(i for i, label in enumerate(classes[len(train) :]) if label not in trained)
+        raise InputError(
+            f"function {spec!r}: validation item {item} is of class {classes[len(train) + item]}, which no training item is of "
+            f"(such classes: {unknown[:3]}); mend the labels, or return a Task with num_classes"
+        )
     return Task(spec, train, validation, num_classes=max(classes) + 1)

@@ -178,6 +178,8 @@ def resolve_model(spec: str) -> ModelSource:
         return ModelSource(spec, own_model(spec))
     zoo, colon, name = spec.partition(":")
     if colon and zoo in ZOOS:
+        if not name.strip():
+            raise InputError(f"model {spec!r} names no network, expected {zoo}:{'NAME_OR_DIR' if zoo == 'hf' else 'NAME'}")
         return ModelSource(spec, ZOOS[zoo](name))
     if Path(spec).suffix in (".onnx", ".plan"):
         raise InputError(

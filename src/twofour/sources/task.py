@@ -1,7 +1,7 @@
 """A task: data to train and validate on, the loss that is minimised, the metric that is reported."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from twofour.errors import InputError, UserCodeError
+from twofour.sources.items import Inputs, has_infinite, held_infinite, held_targets, inputs_of
 from twofour.sources.user_code import place_of, user_code
-
-# What one batch holds for the model: its only input, or one tensor an argument of its `forward`, in order.
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -44,43 +42,6 @@ def top1_percent(outputs: Tensor, targets: Tensor) -> float:
 
 
 ACCURACY = Metric("accuracy", top1_percent, unit="%")
-
-
-def inputs_of(value: Any) -> tuple[Tensor, ...]:
-    """Return the model's positional inputs in one batch: a tensor, or a tuple or list of tensors.
-
-    Raises:
-        InputError: it is something else.
-    """
-    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        kinds = sorted({type(x).__name__ for x in inputs})
-        raise InputError(
-            f"task: a batch's inputs are {kinds or 'empty'}, expected a tensor or a tuple of tensors in the order of the model's forward; "
-            "let collate return that"
-        )
-    return inputs
-
-
-class ArrayDataset(Dataset[tuple[Inputs, Tensor]]):
-    """A data set held in memory; an index may be a list, so a batch costs one gather instead of one call an item.
-
-    `inputs` is `[items, …]`, or a tuple of such tensors for a model of several inputs.
-    """
-
-    def __init__(self, inputs: Inputs, targets: Tensor) -> None:
-        lengths = {len(x) for x in inputs_of(inputs)}
-        if lengths != {len(targets)}:
-            raise ValueError(f"inputs hold {sorted(lengths)} items, targets {len(targets)}")
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int | Sequence[int]) -> tuple[Inputs, Tensor]:
-        if isinstance(self.inputs, Tensor):
-            return self.inputs[index], self.targets[index]
-        return tuple(x[index] for x in self.inputs), self.targets[index]
 
 
 def _is_dataset(value: object) -> bool:
@@ -179,15 +140,62 @@ class Task:
     def refuse_unfit(self, model: nn.Module) -> None:
         """Run the model on two items; do nothing if its outputs can be trained on this task.
 
+        Of data held in memory every label and input is looked at; of other data those of the two items.
+
         Raises:
-            InputError: the model does not take the inputs, or its outputs do not fit the classes or labels.
+            InputError: a set is empty; the model does not take the inputs, or its outputs do not fit the classes or labels; there is one
+                class only; an item holds NaN that comes out of the model.
         """
+        if not len(self.train):  # type: ignore[arg-type]
+            raise InputError(f"data {self.name!r} has no training items, expected at least one")
         inputs, targets = self._example(2)
+        outputs = self._outputs(model, inputs)
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"the model returns {type(outputs).__name__}, expected one tensor; wrap it so that forward returns the logits")
+        if self.is_classification and self.num_classes < 2:
+            raise InputError(
+                f"data {self.name!r} have one class, expected at least two; give a Task with a loss of its own for anything else"
+            )
+        if self.is_classification and (outputs.ndim != 2 or outputs.shape[1] < self.num_classes):
+            raise InputError(
+                f"the model's outputs are {list(outputs.shape)} for {len(inputs[0])} items, data {self.name!r} have {self.num_classes} "
+                "classes; give the model that many outputs, or a Task with a loss of its own"
+            )
+        self.refuse_labels(outputs, targets)
+        if self.collate is None:
+            for split, dataset in (("training", self.train), ("validation", self.validation)):
+                self._refuse_held(model, outputs, split, dataset)
+        self.refuse_infinite(inputs, outputs)
+
+    def _refuse_held(self, model: nn.Module, outputs: Tensor, split: str, dataset: Dataset[Any]) -> None:
+        """Look at what a data set in memory holds; `outputs` are the model's for two items."""
+        labels = held_targets(dataset)
+        if labels is not None:
+            self.refuse_labels(outputs[:1].expand(len(labels), *outputs.shape[1:]), labels, split)
+            if (
+                self.is_classification
+                and split == "training"
+                and labels.ndim == 1
+                and len(labels) > 1
+                and bool((labels == labels[0]).all())
+            ):
+                raise InputError(
+                    f"data {self.name!r}: all {len(labels)} training items are of class {int(labels[0])}, expected at least two classes; "
+                    "mend the labels, or give a Task with a loss of its own"
+                )
+        infinite = held_infinite(dataset)
+        if infinite is not None and bool(infinite.any()):
+            item = int(infinite.nonzero()[0])
+            inputs = inputs_of(torch.utils.data.default_collate([dataset[item]])[0])
+            self.refuse_infinite(inputs, self._outputs(model, inputs), split, item)
+
+    def _outputs(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        """Return what the model gives in eval mode; whatever it raises becomes one sentence."""
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.no_grad():
-                outputs = model(*inputs)
+                return model(*inputs)
         except (Exception, SystemExit) as error:
             # Whatever the user's network raises on an input that it was not made for.
             shapes = ", ".join(f"{x.dtype}{list(x.shape)}".removeprefix("torch.") for x in inputs)
@@ -197,19 +205,30 @@ class Task:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if not isinstance(outputs, Tensor):
-            raise InputError(f"the model returns {type(outputs).__name__}, expected one tensor; wrap it so that forward returns the logits")
-        if self.is_classification and (outputs.ndim != 2 or outputs.shape[1] < self.num_classes):
-            raise InputError(
-                f"the model's outputs are {list(outputs.shape)} for {len(inputs[0])} items, data {self.name!r} have {self.num_classes} "
-                "classes; give the model that many outputs, or a Task with a loss of its own"
-            )
-        self.refuse_labels(outputs, targets)
 
-    def refuse_labels(self, outputs: Tensor, targets: Any) -> None:
+    def refuse_infinite(self, inputs: tuple[Tensor, ...], outputs: Tensor, split: str = "validation", first: int = 0) -> None:
+        """Do nothing unless an input that holds NaN or infinity makes the model's output so; `first` is the number of the first item.
+
+        A model that expects NaN for a missing value, or infinity in a mask, gives finite outputs.
+
+        Raises:
+            InputError: it does; the item is named.
+        """
+        if bool(outputs.isfinite().all()) or len(outputs) != len(inputs[0]):
+            return
+        wrong = has_infinite(inputs) & has_infinite((outputs,))
+        if bool(wrong.any()):
+            item = first + int(wrong.nonzero()[0])
+            raise InputError(
+                f"data {self.name!r}, {split} item {item}: the input holds NaN or infinity, and so does the model's output for it, "
+                "expected finite values; mend or remove the item"
+            )
+
+    def refuse_labels(self, outputs: Tensor, targets: Any, split: str = "") -> None:
         """Do nothing if `targets` can be learned from `outputs`; a task with its own loss may have any tensor.
 
-        That is: int64 or uint8, one label an item, each one of the columns of `outputs`; or a probability for each output.
+        That is: int64 or uint8, one label an item, each one of the columns of `outputs`; or a probability for each output. With `split`
+        they are all of it in order, and the error names the item.
 
         Raises:
             InputError: the targets are no tensor, of another type or shape, or a label has no output.
@@ -225,12 +244,11 @@ class Task:
                 f"data {self.name!r}: labels are {str(targets.dtype).removeprefix('torch.')}{list(targets.shape)}, expected class numbers "
                 f"int64{list(expected)}; convert them with .long() and one number an item, or give a Task with a loss of its own"
             )
-        if not targets.numel():
-            return
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= outputs.shape[1]:
-            wrong = low if low < 0 else high
+        wrong = (targets < 0) | (targets >= outputs.shape[1])
+        if bool(wrong.any()):
+            item = int(wrong.flatten().nonzero()[0])
+            place = f", {split} item {item}" if split and wrong.ndim == 1 else ""
             raise InputError(
-                f"data {self.name!r}: label {wrong} does not fit the model's {outputs.shape[1]} outputs, "
+                f"data {self.name!r}{place}: label {int(targets.flatten()[item])} does not fit the model's {outputs.shape[1]} outputs, "
                 f"expected 0 to {outputs.shape[1] - 1}; mend the labels or num_classes"
             )

@@ -1,6 +1,7 @@
 """Code that the user brought (a model, a metric, a loss, a data set): whatever it raises becomes one sentence."""
 
 import signal
+import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from twofour.errors import TwofourError, UserCodeError
 
 PACKAGE = str(Path(__file__).parents[1])
 LIBRARIES = ("site-packages", "dist-packages")
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def place_of(error: BaseException) -> str:
     """Return `line N of FILE, in FUNCTION` of the user's innermost frame in a traceback; empty where no frame is the user's."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        is_library = any(part in LIBRARIES for part in Path(frame.filename).parts) or frame.filename.startswith((PACKAGE, "<frozen"))
+        inside = (PACKAGE, STANDARD_LIBRARY, "<frozen")
+        is_library = any(part in LIBRARIES for part in Path(frame.filename).parts) or frame.filename.startswith(inside)
         if not is_library and Path(frame.filename).is_file():
             return f"line {frame.lineno} of {frame.filename!r}, in {frame.name}"
     return ""

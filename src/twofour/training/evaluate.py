@@ -48,11 +48,18 @@ def batches_of(batches: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Ten
 
 
 def predict(run: Callable[..., Tensor], task: Task, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Return `(outputs, targets)` over the validation set, on the CPU, from anything callable on a batch's inputs."""
+    """Return `(outputs, targets)` over the validation set, on the CPU, from anything callable on a batch's inputs.
+
+    Raises:
+        InputError: an item cannot be loaded, or holds NaN that comes out as NaN.
+    """
     outputs, targets = [], []
+    done = 0
     for inputs, target in batches_of(loader(task, "validation", batch)):
         outputs.append(run(*inputs).cpu())
+        task.refuse_infinite(inputs, outputs[-1], "validation", done)
         targets.append(target)
+        done += len(inputs[0])
     return torch.cat(outputs), torch.cat(targets)
 
 
@@ -87,5 +94,5 @@ def evaluate(model: nn.Module, task: Task, batch: int = 256) -> float:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with in_eval_mode(model), torch.inference_mode():
         outputs, targets = predict(lambda *inputs: forward(model, inputs, device), task, batch)
-    task.refuse_labels(outputs, targets)
+    task.refuse_labels(outputs, targets, "validation")
     return task.metric_of(outputs, targets)

@@ -209,7 +209,10 @@ class _Run:
     def _refuse_infinite(self, number: int, loss: float) -> None:
         if not math.isfinite(loss):
             kept = f"; the state after epoch {number - 1} is kept in {str(self.state)!r}" if self.state is not None and number > 1 else ""
-            raise TrainingError(f"training: the loss of epoch {number} is {loss}, expected a finite value; lower the recipe's lr{kept}")
+            raise TrainingError(
+                f"training: the loss of epoch {number} is {loss}, expected a finite value; lower the recipe's lr, or "
+                f"mend inputs that are not finite{kept}"
+            )
 
     def _step(self, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """One optimizer step; returns the detached loss."""

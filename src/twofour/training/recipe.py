@@ -139,3 +139,5 @@ def load_recipe(spec: str) -> Recipe:
         return parse_recipe(path.read_text(encoding="utf-8"), repr(spec))
     except UnicodeDecodeError as error:
         raise InputError(f"recipe {spec!r} is no UTF-8 text; expected a TOML file") from error
+    except OSError as error:
+        raise InputError(f"recipe {spec!r} cannot be read: {error.strerror}; check its permissions and the disk") from error
