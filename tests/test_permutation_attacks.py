@@ -253,3 +253,29 @@ def test_models_in_narrow_formats_are_proven_in_float64(dtype: torch.dtype) -> N
     assert record.permuted_share == 1.0
     assert model.b.weight.dtype == dtype
     unchanged(before, model)
+
+
+def test_a_shared_module_and_several_inputs_and_outputs() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.mix, self.norm = nn.Linear(8, 16), nn.Linear(6, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+            u, v = self.mix(torch.relu(self.mix(self.one(x)))), self.mix(self.norm(self.two(y)))
+            return {"sum": self.head(torch.relu(u) + v), "parts": (self.head(v), v.mean(-1))}
+
+    torch.manual_seed(0)
+    model = Shared().eval()
+    redraw(model)
+    x, y = torch.randn(2, 8), torch.randn(2, 6)
+    before = model(x, y)
+    record = permute(model, (x, y), seconds=0.1, targets={"mix.weight": 1})
+    assert record.kept_after > record.kept_before
+    # The module's result is its own input: both sides of its weight follow one order, as do both producers.
+    order = record.moves["mix.weight"][1].tolist()
+    assert (
+        order == record.moves["mix.weight"][0].tolist() == record.moves["one.weight"][0].tolist() == record.moves["two.weight"][0].tolist()
+    )
+    torch.testing.assert_close(model(x, y), before, rtol=1e-4, atol=1e-5)
