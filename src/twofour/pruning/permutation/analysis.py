@@ -17,6 +17,11 @@ from twofour.pruning.permutation.capture import Capture
 from twofour.pruning.permutation.labels import Factor, Ints, Ledger, Value
 from twofour.pruning.permutation.rules import RULES, Rule
 
+
+class SizeUnknown(Exception):
+    """A value of the captured graph has a size that only its data tell."""
+
+
 # Nodes that compute no tensor: sizes, their arithmetic, and checks of metadata.
 _SILENT = {"aten._assert_tensor_metadata", "aten.sym_constrain_range_for_size", "aten._assert_scalar", "aten.sym_constrain_range"}
 
@@ -74,6 +79,37 @@ def hold_tensors(model: nn.Module, ledger: Ledger) -> list[Held]:
     return list(found.values())
 
 
+def _loose_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors that modules hold as plain attributes, also in lists, tuples, sets and dictionaries; not the parameters and buffers."""
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    plain = [value for m in model.modules() for key, value in vars(m).items() if key not in ("_parameters", "_buffers", "_modules")]
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    while plain:
+        value = plain.pop()
+        if isinstance(value, torch.Tensor):
+            found += [value] if id(value) not in own else []
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            plain += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def _freeze_shared(ledger: Ledger, held: Iterable[Held], loose: Iterable[torch.Tensor]) -> None:
+    """Freeze what shares memory with a tensor that would not be known to have moved with it."""
+    owners: dict[int, list[Held]] = {}
+    for h in held:
+        if h.tensor.numel() and not h.tensor.is_meta:
+            owners.setdefault(h.tensor.untyped_storage().data_ptr(), []).append(h)
+    for tensor in loose:
+        try:
+            start = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # a tensor without memory of its own: fake, sparse
+            continue
+        for h in owners.get(start, []):
+            ledger.freeze(h.value)
+
+
 def analyse(model: nn.Module, captures: Iterable[Capture]) -> Analysis:
     """What every capture, read at each of its batch sizes, asks of a reordering."""
     ledger = Ledger()
@@ -84,6 +120,10 @@ def analyse(model: nn.Module, captures: Iterable[Capture]) -> Analysis:
     for taken in captures:
         for batch in taken.batches:
             walk(analysis, taken, batch)
+        ledger.operation = "memory shared with a tensor that is no parameter or buffer"
+        _freeze_shared(ledger, analysis.held, [t for t in taken.program.constants.values() if isinstance(t, torch.Tensor)])
+    ledger.operation = "memory shared with a tensor that is no parameter or buffer"
+    _freeze_shared(ledger, analysis.held, _loose_tensors(model))
     ledger.operation = "no capture reaches it"
     for held in analysis.held:
         if held.names[0] not in analysis.used:
@@ -105,7 +145,10 @@ def walk(analysis: Analysis, taken: Capture, batch: int) -> dict[str, Any]:
         elif node.op == "output":
             _outputs(analysis, program, environment, taken.mode)
         else:
-            result = _apply(ledger, node, environment, sizes)
+            try:
+                result = _apply(ledger, node, environment, sizes)
+            except SizeUnknown:
+                raise SizeUnknown(f"{ledger.operation} works on a size that only the data tell") from None
             environment[node.name] = result
             for value in pytree.tree_leaves(result, is_leaf=lambda v: isinstance(v, Value)):
                 if isinstance(value, Value):
@@ -137,11 +180,8 @@ def _trace_order(node: fx.Node, environment: dict[str, Any], fixed_by: dict[str,
 
 def _sizes(taken: Capture, batch: int) -> Any:
     """A function from a possibly symbolic size to its value at this batch."""
-    if not taken.symbolic:
-        return lambda size: int(size) if isinstance(size, torch.SymInt) else size
     symbols: dict[Any, int] = {}
-    first = taken.batches[0]
-    for node in taken.program.graph.nodes:
+    for node in taken.program.graph.nodes if taken.symbolic else ():
         if node.op == "placeholder" and isinstance(value := node.meta.get("val"), torch.Tensor):
             for size in value.shape:
                 if isinstance(size, torch.SymInt):
@@ -150,7 +190,10 @@ def _sizes(taken: Capture, batch: int) -> Any:
 
     def concrete(size: Any) -> Any:
         if isinstance(size, torch.SymInt):
-            return int(size.node.expr.subs(symbols)) if symbols else first
+            value = size.node.expr.subs(symbols)
+            if getattr(value, "free_symbols", None):
+                raise SizeUnknown
+            return int(value)
         if isinstance(size, torch.SymFloat | torch.SymBool):
             return size.node.expr.subs(symbols)
         return size
@@ -181,7 +224,8 @@ def _placeholder(analysis: Analysis, node: fx.Node, spec: Any, sizes: Any) -> An
         return None
     if spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in analysis.by_name:
         held = analysis.by_name[spec.target]
-        analysis.used |= set(held.names)
+        if node.users:
+            analysis.used |= set(held.names)
         return held.value
     return Value(shape)
 

@@ -64,3 +64,5 @@ def apply_(tensors: Mapping[str, torch.Tensor], moves: Moves) -> None:
         for name, axes in moves.items():
             tensor = tensors[name]
             tensor.data.copy_(moved(tensor.data, axes, name=name))
+            if tensor.grad is not None:
+                tensor.grad.data.copy_(moved(tensor.grad.data, axes, name=f"the gradient of {name}"))

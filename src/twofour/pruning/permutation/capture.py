@@ -166,7 +166,7 @@ def _export(model: nn.Module, inputs: Inputs, mode: str, batches: tuple[int, int
         program = _program(model, first, (*shapes[0], *shapes[1].values()) if not shapes[1] else None, shapes)
         return [Capture(program, mode, batches, True, note)], ""
     except Exception as error:  # noqa: BLE001 - export raises errors of any kind; the fixed-batch captures below follow
-        reason = _sentence(error)
+        reason = sentence(error)
     found = []
     for batch in batches:
         try:
@@ -174,7 +174,7 @@ def _export(model: nn.Module, inputs: Inputs, mode: str, batches: tuple[int, int
                 Capture(_program(model, inputs.resized(batch), None, None), mode, (batch,), False, note or f"fixed batch: {reason}")
             )
         except Exception as error:  # noqa: BLE001 - export raises errors of any kind; the reason is reported
-            return [], _sentence(error)
+            return [], sentence(error)
     return found, reason
 
 
@@ -195,6 +195,7 @@ def _by_name(model: nn.Module, inputs: Inputs, shapes: Any) -> Any:
     return {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{type(error).__name__}: {line[:200]}"

@@ -12,9 +12,9 @@ from torch import fx, nn
 from twofour.errors import InputError
 from twofour.pruning.capture import Execution, last_linears
 from twofour.pruning.eligibility import examine
-from twofour.pruning.permutation.analysis import Analysis, analyse
+from twofour.pruning.permutation.analysis import Analysis, SizeUnknown, analyse
 from twofour.pruning.permutation.apply import Reordering, apply_, atom_order, moved, moves_of
-from twofour.pruning.permutation.capture import Capture, Inputs, capture
+from twofour.pruning.permutation.capture import Capture, Inputs, capture, sentence
 from twofour.pruning.permutation.labels import Ints
 from twofour.pruning.permutation.locate import culprits, first_wrong
 from twofour.pruning.permutation.problems import Problem, columns_of, kept_by, kept_magnitude, problem_of, source_of, views_of
@@ -65,7 +65,10 @@ def permute(
         return Permutation(reason=reason, seed=seed)
     if targets is None:
         targets = default_targets(model, captures[0], include, exclude)
-    analysis = analyse(model, captures)
+    try:
+        analysis = analyse(model, captures)
+    except SizeUnknown as error:
+        return Permutation(reason=str(error), seed=seed)
     unknown = set(targets) - set(analysis.by_name)
     if unknown:
         raise InputError(f"targets name {sorted(unknown)[0]!r}, expected names of the model's parameters")
@@ -75,7 +78,10 @@ def permute(
     found, complete = _search(problems, tensors, analysis, seed, seconds, _device(model, device), resume, progress)
     record = Permutation(seed=seed, complete=complete, notes=sorted({c.note for c in captures if c.note}))
     mode = "leaves" if any(c.mode == "leaves" for c in captures) else "train"
-    order, record.checks = _proven(model, inputs, captures, analysis, found, mode, record.notes)
+    try:
+        order, record.checks = _proven(model, inputs, captures, analysis, found, mode, record.notes)
+    except Exception as error:  # noqa: BLE001 - the model's own code runs there, in another format; the reason is reported
+        return Permutation(reason=f"the proof cannot run: {sentence(error)}", seed=seed)
     record.moves = moves_of(analysis.held, order)
     record.names, record.shapes = names_and_shapes(model, record.moves)
     record.layers = _layers(analysis, spaces, targets, tensors, record)
@@ -192,7 +198,10 @@ def _proven(
     if all(c.passed for c in checks):
         return atom_order(count, found), checks
     wrong = culprits(found, lambda some: all(c.passed for c in check(some)))
-    operation = first_wrong(model, inputs, captures, analysis, atom_order(count, wrong or found))
+    if any(c.mode == "eval" and not c.passed for c in checks):
+        operation = first_wrong(model, inputs, captures, analysis, atom_order(count, wrong or found))
+    else:
+        operation = "an operation that runs in training only"
     worst = max(c.error for c in checks)
     left = [r for r in found if not any(r is w for w in wrong)]
     notes.append(f"the proof failed (error {worst:.1e}) at {operation}; {len(found) - len(left)} of {len(found)} reorderings were left out")

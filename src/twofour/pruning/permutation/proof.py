@@ -121,10 +121,10 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
             elif name.endswith("running_var"):
                 fresh = uniform(b)
             else:
-                fresh = b.double().cpu() * uniform(b)
+                fresh = b.double().cpu().nan_to_num(nan=1.0) * uniform(b)
                 if (b >= 0).logical_not().any():
                     fresh += 0.1 * normal(b)
-            large = ~torch.isfinite(b) | (b.abs() > 50)  # masks
+            large = b.abs() > 50  # masks
             b.copy_(torch.where(large, b, fresh.to(b)))
 
 
@@ -178,6 +178,8 @@ def prove(
         wide: float64 if True, float32 if False; None takes float64 where it fits in memory.
     """
     dtype = torch.float64 if (fits(model) if wide is None else wide) else torch.float32
+    # A capture of the leaves does not see what containers do in training, so that the whole is run as well.
+    modes = dict.fromkeys((mode, "train"))
     twin = widened(model, dtype)
     cast = inputs.map(lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
     first = max(inputs.batch or 2, 2)
@@ -188,18 +190,21 @@ def prove(
             set_mode(twin, "eval")
             if network == "redrawn":
                 redraw(twin)
-            original = [run(twin, s, dtype) for s in sized]
+            original = [outcome(twin, s, dtype) for s in sized]
             limits = [limit_of(twin, s, before, dtype, operations) for s, before in zip(sized, original, strict=True)]
             # Batch statistics of a fresh network are ill-conditioned: training is judged where every value is of order one.
-            trained = _train(twin, sized[0], mode, None) if network == "redrawn" and dtype == torch.float64 else None
+            judged = modes if network == "redrawn" and dtype == torch.float64 else ()
+            trained = {m: _train(twin, sized[0], m) for m in judged}
             apply_(tensors_of(twin), moves)
             for before, s, limit in zip(original, sized, limits, strict=True):
-                checks.append(
-                    Check(network, "eval", s.batch or 0, difference(before, run(twin, s, dtype)), limit, str(dtype).removeprefix("torch."))
-                )
-            if trained is not None:
-                error = difference(trained, _train(twin, sized[0], mode, moves) or [])
-                checks.append(Check(network, mode, first, error, LIMIT, "float64"))
+                # Where a redrawn network gives no number at all, nothing has been compared.
+                empty = network == "redrawn" and not any(bool(torch.isfinite(t).any()) for t in before)
+                error = math.inf if empty else difference(before, outcome(twin, s, dtype, moves=moves))
+                checks.append(Check(network, "eval", s.batch or 0, error, limit, str(dtype).removeprefix("torch.")))
+            for m, seen in trained.items():
+                if seen is not None:
+                    error = difference(seen, outcome(twin, sized[0], dtype, m, moves))
+                    checks.append(Check(network, m, first, error, LIMIT, "float64"))
     return checks
 
 
@@ -218,7 +223,7 @@ def limit_of(model: nn.Module, inputs: Inputs, outputs: list[torch.Tensor], dtyp
             return t
         return t * (1 + 2.0**-23 * torch.randint(-1, 2, t.shape, generator=generator).to(t))
 
-    response = difference(outputs, run(model, inputs.map(nudged), dtype))
+    response = difference(outputs, outcome(model, inputs.map(nudged), dtype))
     return 8 * math.sqrt(max(operations, 1)) * max(response, 2.0**-23)
 
 
@@ -227,22 +232,28 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _train(twin: nn.Module, inputs: Inputs, mode: str, moves: Moves | None) -> list[torch.Tensor] | None:
-    """Outputs and buffers, in the old order, of one run in training mode; the buffers are put back. None where training cannot run."""
+def outcome(
+    twin: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float64, mode: str = "eval", moves: Moves | None = None
+) -> list[torch.Tensor]:
+    """Outputs, and floating buffers in the order before `moves`, of one run; the buffers are put back, the mode is evaluation again."""
     kept = {name: b.clone() for name, b in twin.named_buffers()}
     set_mode(twin, mode)
     try:
-        outputs = run(twin, inputs)
+        outputs = run(twin, inputs, dtype)
         written = dict(twin.named_buffers())
         buffers = [moved(b, (moves or {}).get(name, {}), back=True).clone() for name, b in written.items() if b.is_floating_point()]
         return [*outputs, *buffers]
-    except (RuntimeError, ValueError, NotImplementedError):
-        if moves is None:
-            return None
-        raise
     finally:
         with torch.no_grad():
             for name, b in twin.named_buffers():
                 if not any(step == 0 and size > 1 for step, size in zip(b.stride(), b.shape, strict=True)):
                     b.copy_(kept[name])
         set_mode(twin, "eval")
+
+
+def _train(twin: nn.Module, inputs: Inputs, mode: str) -> list[torch.Tensor] | None:
+    """The outcome in training, None where training cannot run on these inputs."""
+    try:
+        return outcome(twin, inputs, torch.float64, mode)
+    except Exception:  # noqa: BLE001 - the model's own code refuses; there is no training to compare
+        return None

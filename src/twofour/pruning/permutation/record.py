@@ -125,11 +125,21 @@ class Permutation:
         return self._mapped(tensors, back=True)
 
     def _mapped(self, tensors: Mapping[str, torch.Tensor], back: bool) -> dict[str, torch.Tensor]:
+        self._refuse_prefix(tensors)
         result = {}
         for name, tensor in tensors.items():
             axes = self.moves.get(self.names.get(name, name), {})
             result[name] = moved(tensor, axes, name=name, back=back) if axes else tensor
         return result
+
+    def _refuse_prefix(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Names of a wrapper (`module.` and the like) would all pass through unmapped."""
+        some = next(iter(self.moves), None)
+        if some is None or self.names.keys() & tensors.keys():
+            return
+        for prefix in {name.removesuffix(some) for name in tensors if name.endswith(f".{some}")}:
+            if all(prefix + name in tensors for name in self.moves):
+                raise InputError(f"tensors name {prefix + some!r}, expected {some!r} as in the model that was permuted; strip {prefix!r}")
 
     def optimizer_to_new(self, state: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
         """The `state_dict()` of an optimizer in the new order, marked as such: `twofour.hold` knows it by the mark.
@@ -252,6 +262,9 @@ def undo(model: nn.Module, permutation: Permutation, earlier: Permutation | None
         old = permutation.to_old({name: tensor.detach().clone() for name, tensor in tensors_of(model).items()})
         for name, tensor in tensors_of(model).items():
             tensor.copy_(old[name])
+        gradients = {name: tensor.grad for name, tensor in tensors_of(model).items() if tensor.grad is not None}
+        for name, gradient in permutation.to_old(gradients).items():
+            gradients[name].copy_(gradient)
     if earlier is None:
         model.__dict__.pop(ATTRIBUTE, None)
     else:

@@ -44,7 +44,7 @@ from twofour.pruning.permutation.table import axes_of, constant, rule, values_of
         "bitwise_not",
         "threshold",
     ),
-    *("sign", "expm1", "log1p", "nan_to_num", "bernoulli"),
+    *("sign", "expm1", "log1p", "nan_to_num"),
 )
 def _unary(ledger: Ledger, *arguments: Any, **options: Any) -> Value:
     return elementwise(ledger, values_of([*arguments, *options.values()]))
@@ -58,7 +58,21 @@ def _type_as(ledger: Ledger, x: Value, other: Value) -> Value:
 
 @rule("native_dropout")
 def _dropout(ledger: Ledger, x: Value, *rest: Any) -> tuple[Value, Value]:
-    return x, x
+    y = _drawn(ledger, x)
+    return y, y
+
+
+# y[i] is one with probability x[i]
+@rule("bernoulli")
+def _bernoulli(ledger: Ledger, x: Value, *rest: Any, **options: Any) -> Value:
+    return _drawn(ledger, x)
+
+
+def _drawn(ledger: Ledger, x: Value) -> Value:
+    """A draw from each element: equal elements give unequal draws, in any order as likely, which all that meet the draw must follow."""
+    drawn = [a for a in sorted(x.flat) if x.shape[a] > 1]
+    fresh = tuple(Factor((a,), ledger.atoms(x.shape[a]), np.zeros(x.shape[a], np.int64)) for a in drawn)
+    return replace(x, factors=(*x.factors, *fresh), flat=x.flat - set(drawn))
 
 
 # y[i] = f(a[i], b[i], ...) with broadcasting: all operands are reordered alike.
