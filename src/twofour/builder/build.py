@@ -1,21 +1,13 @@
 """`build`: choose a backend for the device and make the plan."""
 
-import hashlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-
+from twofour.builder.cpu import build_cpu
 from twofour.builder.gpu import TACTICS, build_gpu
-from twofour.builder.specs import spec_of
-from twofour.errors import InputError, UnsupportedError, nearest
-from twofour.exchange.inspect import inspect_model, parse_onnx_file
+from twofour.errors import InputError, nearest
 from twofour.plan import Plan
 from twofour.plan.record import DEVICES, PRECISIONS, SPARSITY
-from twofour.version import __version__
 
 
 def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
@@ -40,24 +32,6 @@ def device_of(device: str) -> tuple[str, int]:
     if colon and (kind != "cuda" or not number.isdecimal()):
         raise InputError(f"build: device {device!r} is unknown, expected cpu, cuda or cuda:N")
     return kind, int(number or 0)
-
-
-def refuse_unrunnable(data: bytes, path: Path) -> None:
-    """Do nothing if ONNX Runtime takes the model.
-
-    Raises:
-        UnsupportedError: it does not; the message holds its first line.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # ONNX Runtime raises its own kinds for a bad model; they share no public base.
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {first_line}") from error
 
 
 def build(
@@ -113,37 +87,4 @@ def build(
     for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
         if given:
             raise InputError(f"build: {name} is for device 'cuda', the device is {device!r}; leave it out")
-    if precision != "fp32":
-        raise UnsupportedError(f"build: precision {precision!r} is not available on the CPU backend; use fp32")
-    if sparsity == "force":
-        raise UnsupportedError("build: sparsity 'force' needs a GPU with Sparse Tensor Cores; use auto or off on the CPU")
-    model = parse_onnx_file(path)
-    inspection = inspect_model(model, str(path), "onnx")
-    # Weights kept in a file beside the model would be lost: the plan holds them all.
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
-    data = ir.to_proto(model).SerializeToString()
-    refuse_unrunnable(data, path)
-    about: dict[str, Any] = {
-        "twofour": __version__,
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "model_sha256": hashlib.sha256(data).hexdigest(),
-        "sparse_kernels": False,
-        "why_no_sparse_kernels": "ONNX Runtime has no 2:4 kernel on a CPU; the zeros are multiplied like any other value",
-        "eligible_weights": sum(w.eligible for w in inspection.weights),
-        "weights_24": sum(w.eligible and w.is_24 for w in inspection.weights),
-    }
-    inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
-    outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
-    return Plan(
-        "onnxruntime",
-        kind,
-        precision,
-        sparsity,
-        inputs,
-        outputs,
-        {"onnx": np.frombuffer(data, np.uint8)},
-        tuple(batch),
-        about,
-    )
+    return build_cpu(path, batches=batch, precision=precision, sparsity=sparsity)
