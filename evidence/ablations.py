@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from arms import CONTROL, Arm, Data, Experiment
 from fleet import OutOfTimeError, Recipe, leave_default_stream
-from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
+from ledger import Record, add_arguments, add_training_arguments, command_of, deadline, shared_over_gpus
 from networks import NETWORKS, dense_network, program_of
 
 log = logging.getLogger("ablations")
@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--distill", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
-    parser.add_argument("--fleet", type=int, default=10, help="networks trained at once")
-    parser.add_argument("--compile", choices=["blocks", "whole", "off"], default="blocks", help="what is compiled at once, on a GPU")
-    parser.add_argument("--dense-epochs", type=int, help="of the dense networks trained here, where not the usual")
+    add_training_arguments(parser)
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if shared_over_gpus(a):

@@ -121,6 +121,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, seeds: int) -> None:
     parser.add_argument("--images", type=int, help="only the first of the training data, for a trial of the script")
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every training of a fleet takes besides its recipe."""
+    parser.add_argument("--fleet", type=int, default=10, help="networks trained at once")
+    parser.add_argument("--compile", choices=["blocks", "whole", "off"], default="blocks", help="what is compiled at once, on a GPU")
+    parser.add_argument("--dense-epochs", type=int, help="of the dense networks trained here, where not the usual")
+
+
 def _shard(text: str) -> tuple[int, int]:
     i, n = map(int, text.split("/"))
     if not 0 <= i < n:

@@ -1,6 +1,5 @@
 """Accuracy evidence: the statistics of the page, the pages are those of the results, and rows survive shards and interruptions."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from script_loader import load_script
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
@@ -20,14 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evidence_page", ROOT / "scripts" / "evidence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evidence")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,12 +1,12 @@
 """docs/methods.md: its tables are those of the results, it names every method, and so does the command's help."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loader import load_script
 
 from twofour.cli import options
 from twofour.pruning.methods import METHODS
@@ -17,12 +17,7 @@ PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_page", ROOT / "scripts" / "methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("methods")
 
 
 def test_the_tables_are_those_of_the_results(script: ModuleType) -> None:

@@ -1,12 +1,12 @@
 """docs/permutation.md and the table of architectures show what the results hold, and the results hold what was promised."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loader import load_script
 
 from twofour.pruning.permutation import coverage
 
@@ -21,12 +21,7 @@ def recorded(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("permutation_page", ROOT / "scripts" / "permutation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("permutation")
 
 
 def test_the_tables_are_those_of_the_results(script: ModuleType) -> None:
