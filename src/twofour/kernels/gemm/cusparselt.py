@@ -69,6 +69,7 @@ class CusparseLt:
         self._one, self._beta = np.ones(1, np.float32), np.array([1.0 if p.epilogue.residual else 0.0], np.float32)
         self._streams = (ctypes.c_void_p * 1)(0)
         self._bias, self._found = 0, algorithm
+        self._plans: dict[int, tuple[Any, Any, Any]] = {}
         self._plan_with(0, algorithm)
 
     def _plan_with(self, bias: int, algorithm: int | None) -> None:
@@ -94,6 +95,7 @@ class CusparseLt:
                     lt.matmul_alg_set_attribute(self._handle, self._algorithm, kind, number.ctypes.data, 4)
             self._plan = lt.matmul_plan_init(self._handle, self._desc, self._algorithm)
             self.workspace_bytes = int(lt.matmul_get_workspace(self._handle, self._plan))
+            self._plans[bias] = (self._desc, self._algorithm, self._plan)
         except lt.cuSPARSELtError as e2:
             raise UnsupportedError(f"cuSPARSELt refused {self.problem} with algorithm {algorithm} ({e2}); use another tactic") from e2
 
@@ -137,13 +139,19 @@ class CusparseLt:
             lt.matmul_alg_get_attribute(self._handle, self._algorithm, kind, number.ctypes.data, 4)
             numbers.append(int(number[0]))
         config, factor, mode = numbers
+        self._plans = {self._bias: self._plans[self._bias]}  # the others are of the earlier algorithm
         self._found = config | max(factor, 0) << _FACTOR_SHIFT | max(mode, 0) << _MODE_SHIFT
         return self._found
 
     def _use_bias(self, bias: int) -> None:
-        if bias != self._bias:
+        """Take the plan of a bias address. Making one takes up to tens of milliseconds, so each is kept."""
+        if bias == self._bias:
+            return
+        if bias in self._plans:
+            self._desc, self._algorithm, self._plan = self._plans[bias]
+        else:
             self._plan_with(bias, self._found)
-            self._bias = bias
+        self._bias = bias
 
     def __call__(self, x: int, weight: int, d: int, *, bias: int = 0, residual: int = 0, workspace: int = 0, stream: int = 0) -> None:
         """Launch on device addresses; `weight` is a compressed one's, `bias` `[outputs]` of the output's type.
