@@ -23,6 +23,7 @@ from twofour.cli.group import twofour as command_line
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.jit import cache as jit_cache
 from twofour.kernels.conv import contract as conv
+from twofour.kernels.conv.cudnn import BY_GROUP
 from twofour.kernels.gemm import contract as gemm
 from twofour.pattern import select
 from twofour.pattern.pack_sm90 import PackedWeight, unpack
@@ -105,6 +106,18 @@ def test_equal_layers_are_timed_once_and_each_problem_is_tried_once(no_gpu: list
     assert "cusparselt 0" in chosen[0].times_us
     assert chosen[2].way.library == "cudnn"
     assert chosen[2].left_out["cudnn 2"] == "it ended its process"
+
+
+def test_wide_groups_are_also_tried_one_by_one(no_gpu: list[Trial]) -> None:
+    calls = []
+    for inputs, name in ((64, "wide"), (32, "narrow")):
+        problem = conv.Problem(2, 8, 8, inputs, inputs, (3, 3), pads=(1, 1, 1, 1), groups=4)
+        weight = np.ones((inputs, 3, 3, inputs // 4), np.float32)
+        calls.append(LayerCall(name, "Conv", "conv", problem, {"x": "x", "d": "y"}, weight, None, why_not_24="grouped"))
+    chosen = run(FakeBench(lambda way: 1.0 if (way.algorithm or 0) & BY_GROUP else 2.0), *calls)
+    assert [(trial.problem.inputs, trial.form) for trial in no_gpu] == [(64, 0), (64, BY_GROUP), (32, 0)]
+    assert [str(c.way) for c in chosen] == ["cudnn 0, group by group", "cudnn 0"]
+    assert chosen[0].left_out["cudnn 2, group by group"] == "it ended its process"
 
 
 def test_choices_are_remembered_for_this_machine_only(tmp_path: Path, no_gpu: list[Trial], caplog: pytest.LogCaptureFixture) -> None:

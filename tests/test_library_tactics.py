@@ -1,9 +1,14 @@
 """The library tactics without their libraries: what each refuses and why, the graph cuDNN is given, plans that end their process."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +20,9 @@ from twofour.kernels import attention, conv, gemm, matmul, pointwise
 from twofour.kernels import cudnn as glue
 from twofour.kernels.attention.cudnn import CudnnAttention
 from twofour.kernels.conv import cudnn as conv_cudnn
-from twofour.kernels.conv.cudnn import UNFUSED, CudnnConv, epilogue_problem
+from twofour.kernels.conv.cudnn import BY_GROUP, UNFUSED, CudnnConv, epilogue_problem, one_group
 from twofour.kernels.families import WORKSPACE_CAP, why_not
+from twofour.kernels.gemm import cusparselt
 from twofour.kernels.gemm.cublaslt import BatchedCublasLt
 from twofour.kernels.launchable import launchable
 
@@ -205,10 +211,49 @@ def test_an_epilogue_apart_and_a_plan_read_back(handle: FakeHandle) -> None:
     assert again.workspace_bytes == 2048
 
 
+def test_groups_one_by_one_read_and_write_slices_of_the_pixels(handle: FakeHandle) -> None:
+    p = dataclasses.replace(PROBLEM, y_pitch=256)
+    call = CudnnConv(p, BY_GROUP, handle=handle)  # type: ignore[arg-type]
+    graph = handle.module.graphs[-1]
+    by_number = {t.known["uid"]: t.known for t in graph.tensors if "uid" in t.known}
+    assert (by_number[1]["dim"], by_number[1]["stride"]) == ([2, 32, 14, 14], [14 * 14 * 64, 1, 14 * 64, 64])
+    assert by_number[2]["dim"] == [64, 32, 3, 3]
+    assert by_number[5]["dim"][1], by_number[5]["stride"][3] == (64, 256)
+    graph.calls.clear()
+    call(0x1000, 0x2000, 0x3000, bias=0x4000, residual=0x5000, workspace=6)
+    launched = [arguments[0] for _, arguments, _ in graph.calls]
+    assert launched == [
+        {1: 0x1000 + 64 * g, 2: 0x2000 + 2 * 64 * 9 * 32 * g, 5: 0x3000 + 128 * g, 3: 0x4000 + 128 * g, 4: 0x5000 + 128 * g} for g in (0, 1)
+    ]
+    assert one_group(conv.Problem(1, 8, 8, 24, 24, (3, 3), groups=2)) is None
+    with pytest.raises(InputError, match=r"cudnn cannot compute .* group by group: expected groups of multiples of 8 channels"):
+        CudnnConv(conv.Problem(1, 8, 8, 24, 24, (3, 3), groups=2), BY_GROUP, handle=handle)  # type: ignore[arg-type]
+
+
+def test_cusparselt_makes_one_plan_a_bias_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Library:
+        cuSPARSELtError = RuntimeError
+        ComputeType = MatmulDescAttribute = MatmulAlg = MatmulAlgAttribute = SimpleNamespace(
+            COMPUTE_32F=0, ACTIVATION_RELU=1, BIAS_POINTER=2, DEFAULT=3, CONFIG_ID=4, SPLIT_K=5, SPLIT_K_MODE=6
+        )
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: made.append(name) or len(made)
+
+    monkeypatch.setattr(cusparselt, "import_bindings", lambda *names: Library())
+    call = cusparselt.CusparseLt(gemm.Problem(8, 16, 16, epilogue=E("relu", bias=True)))
+    for bias in (64, 128, 64, 128, 64):
+        call(1, 2, 3, bias=bias)
+    assert made.count("matmul_plan_init") == 3  # without a bias, to compress weights with, and one an address
+    assert made.count("matmul") == 5
+
+
 def test_plans_that_do_not_exist_or_want_too_much_are_refused(handle: FakeHandle) -> None:
     with pytest.raises(UnsupportedError, match=r"cuDNN 9\.19\.0 lists 2 plans for .*, expected number 5; build the plan again"):
         CudnnConv(PROBLEM, 5, handle=handle)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match=r"plan 1 of .* needs 268435456 bytes of workspace"):
+    with pytest.raises(UnsupportedError, match=r"plan 1 of .* needs 1073741824 bytes of workspace"):
         CudnnConv(PROBLEM, 1, handle=handle)  # type: ignore[arg-type]
     hard = dataclasses.replace(PROBLEM, epilogue=conv.Epilogue("hardswish"))
     with pytest.raises(InputError, match="cudnn cannot fuse 'hardswish'; add UNFUSED"):
@@ -243,6 +288,7 @@ for number, trial in enumerate(request["trials"]):
     if trial["most"] == 1: say(trial=number, reason="no plan fits"); continue
     for plan in range(request["start"][1] if number == request["start"][0] else 0, 4):
         say(trial=number, begin=plan)
+        say(waiting=True)
         if plan == 2 and trial["most"] == 5: os._exit(9)
         if plan == 3 and trial["most"] == 6: os.abort()
         say(trial=number, plan=plan, us=10.0 - plan, error="refused" if plan == 1 else "")
@@ -269,6 +315,61 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(untrusted, "CHILD", "raise SystemExit('no such library')")
     with pytest.raises(TwofourError, match=r"trying the libraries' plans failed before or between plans \(exit code 1\): no such library"):
         untrusted.try_plans([untrusted.Trial("conv", PROBLEM)])
+
+
+def test_a_process_that_waits_for_the_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(untrusted, "_say", said.append)
+    monkeypatch.setattr(untrusted, "WAIT_S", 0.01)
+    lock = tmp_path / "gpu"
+    lock.touch()
+    with untrusted._alone(lock):
+        other = threading.Thread(target=lambda: untrusted._alone(lock).__enter__())
+        other.start()
+        while not said:
+            time.sleep(0.005)
+    other.join(timeout=20)
+    assert not other.is_alive()
+    assert said[0] == {"waiting": True}
+
+
+def test_an_error_that_ends_the_context_ends_the_process_and_any_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(untrusted, "_say", said.append)
+    for lives in (True, False):
+        monkeypatch.setattr(untrusted, "_context_lives", lambda lives=lives: lives)
+        ended: list[int] = []
+        monkeypatch.setattr(untrusted.os, "_exit", ended.append)
+        with untrusted._told(3, 7):
+            raise UnsupportedError("no")
+        assert ended == ([] if lives else [untrusted.BROKEN])
+    assert said[:2] == [{"trial": 3, "begin": 7}, {"trial": 3, "plan": 7, "us": 0.0, "error": "no"}]
+
+
+def test_short_launches_are_timed_many_at_once() -> None:
+    assert [untrusted.launches_for(us) for us in (0.0, 5.0, 100.0, 390.0, 1e5)] == [20, 20, 4, 1, 1]
+
+
+def test_cusparselt_searches_the_bare_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, launchables = (importlib.import_module(f"twofour.{name}") for name in ("jit.driver", "kernels.launchable"))
+    asked = gemm.Problem(8, 16, 16, epilogue=E("relu", bias=True, residual=True))
+    made: list[Any] = []
+
+    def make(family: str, library: str, problem: Any, config: Any = None, algorithm: int | None = None) -> Any:
+        made.append((problem, algorithm))
+        return SimpleNamespace(call=SimpleNamespace(compress=lambda _: SimpleNamespace(pointer=9), search=lambda *a: 42))
+
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(launchables, "launchable", make)
+    monkeypatch.setattr(driver, "Buffer", lambda *a, **k: SimpleNamespace(pointer=1))
+    monkeypatch.setattr(untrusted, "_say", said.append)
+    monkeypatch.setattr(untrusted, "_alone", lambda lock: contextlib.nullcontext())
+    tryer = object.__new__(untrusted._Tryer)
+    tryer._lock = Path()
+    monkeypatch.setattr(tryer, "_rough_us", lambda call, addresses: 2.5, raising=False)
+    tryer.cusparselt(0, asked, 0, 2)
+    assert made == [(asked, None), (dataclasses.replace(asked, epilogue=E()), None), (asked, 42)]
+    assert [answer["plan"] for answer in said if "plan" in answer] == [-1, 42]
 
 
 def test_requests_survive_the_pipe() -> None:

@@ -486,3 +486,12 @@ def test_a_shortcut_keeps_its_zeros() -> None:
     for weights, merged in (({"w": dense, "v": other}, True), ({"w": dense, "v": kept}, False)):
         model = before(passes.MergeShortcuts, small(inputs, body, **weights))
         assert applied(passes.MergeShortcuts(), model) == merged
+
+
+def test_a_shortcut_beside_a_grouped_convolution_stays() -> None:
+    body, inputs = "g = Conv(x, d) a = Conv(g, w) b = Conv(z, v) s = Add(a, b) y = Relu(s)", "float[2,8,5,6] x, float[2,16,5,6] z"
+    weights = {"w": normal(16, 8, 1, 1), "v": normal(16, 16, 1, 1)}
+    for groups in (1, 2):
+        made = small(inputs, body.replace("Conv(x, d)", f"Conv <group={groups}> (x, d)"), d=normal(8, 8 // groups, 1, 1), **weights)
+        model = before(passes.MergeShortcuts, made)
+        assert applied(passes.MergeShortcuts(), model) == (groups == 1)

@@ -12,7 +12,7 @@ import torch
 
 from twofour.errors import MissingExtraError, UnsupportedError
 from twofour.kernels import attention, conv, gemm, matmul, patches, pointwise, pool, reduce
-from twofour.kernels.conv.cudnn import UNFUSED
+from twofour.kernels.conv.cudnn import BY_GROUP, UNFUSED
 from twofour.kernels.families import bias_dtype, footprints, why_not
 from twofour.kernels.gemm.contract import FLAG_BYTES
 from twofour.kernels.launchable import launchable
@@ -337,6 +337,7 @@ CONVS = [
     conv.Problem(2, 15, 13, 64, 96, (3, 3), (2, 2), (1, 1, 1, 1), epilogue=conv.Epilogue("relu", bias=True)),
     conv.Problem(2, 14, 14, 64, 128, epilogue=conv.Epilogue("relu", bias=True, residual=True)),
     conv.Problem(2, 14, 14, 64, 64, (3, 3), (1, 1), (1, 1, 1, 1), groups=4, epilogue=conv.Epilogue("relu", bias=True)),
+    conv.Problem(2, 15, 13, 64, 128, (3, 3), (2, 2), (1, 1, 1, 1), groups=2, y_pitch=160, epilogue=conv.Epilogue("relu", True, True)),
     conv.Problem(2, 32, 32, 8, 64, (7, 7), (2, 2), (3, 3, 3, 3), epilogue=conv.Epilogue("relu", bias=True)),
     conv.Problem(2, 14, 14, 64, 64, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), epilogue=conv.Epilogue("silu", bias=True)),
     conv.Problem(2, 14, 14, 64, 64, (3, 3), (1, 1), (1, 1, 1, 1), groups=64, epilogue=conv.Epilogue("relu6", bias=True)),
@@ -344,16 +345,16 @@ CONVS = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", [0, UNFUSED])
+@pytest.mark.parametrize("algorithm", [0, UNFUSED, BY_GROUP, UNFUSED | BY_GROUP])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("problem", CONVS, ids=lambda p: f"{p.kernel[0]}x{p.kernel[1]}g{p.groups}{p.epilogue.activation}")
 def test_convolutions_by_cudnn(problem: conv.Problem, dtype: str, algorithm: int) -> None:
     import dataclasses
 
-    from twofour.kernels.conv.cudnn import is_fusible
+    from twofour.kernels.conv.cudnn import is_fusible, one_group
 
     p = dataclasses.replace(problem, dtype=dtype)
-    if not is_fusible(p) and not algorithm:
+    if (not is_fusible(p) and not algorithm & UNFUSED) or (algorithm & BY_GROUP and one_group(p) is None):
         return
     sizes = footprints("conv", "cudnn", p)
     operands = {n: draw(f.dtype, f.elements, i) for i, (n, f) in enumerate(sizes.items()) if n != "d"}
@@ -370,7 +371,7 @@ def test_convolutions_by_cudnn(problem: conv.Problem, dtype: str, algorithm: int
     try:
         flat = run("conv", "cudnn", p, operands, None, algorithm)
     except UnsupportedError as e:
-        if algorithm:
+        if algorithm & UNFUSED:
             raise  # a fused graph may have no plan; the unfused one must
         print(f"not fused by this cuDNN: {p}: {e}")
         return

@@ -132,9 +132,10 @@ class Graph:
         module = self._handle.module
         try:
             self._graph.build_plan_at_index(index)
-            self._accept(int(self._graph.get_workspace_size_plan_at_index(index)), f"plan {index}")
+            workspace = int(self._graph.get_workspace_size_plan_at_index(index))
         except (RuntimeError, module.cudnnGraphNotSupportedError) as e:
             raise UnsupportedError(f"cuDNN {version()} could not build plan {index} of {self._what} ({_first(e)}); use another") from e
+        self._accept(workspace, f"plan {index}")
         self._index = index
 
     def _accept(self, workspace: int, which: str) -> None:

@@ -19,7 +19,7 @@ from twofour.pattern.pack_sm90 import block_bytes
 
 OURS = "twofour"
 # The most scratch memory a step may ask for; libraries are told this limit.
-WORKSPACE_CAP = 256 << 20
+WORKSPACE_CAP = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def choose_all(
             left |= tried[key][1]
             found = _fastest(bench, call, ways, left)
             if found is None:
-                refused[call.name] = "; ".join(dict.fromkeys(left.values())) or "no tactic covers it"
+                refused[call.name] = _why_none(left)
                 continue
             known[key] = found
             remembered.put(key, found)
@@ -206,6 +206,15 @@ def choose_all(
             + ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         )
     return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]
+
+
+def _why_none(left: dict[str, str]) -> str:
+    """Return why a layer has no way: a reason a library, whose plans often fail alike."""
+    reasons: dict[str, str] = {}
+    for name, reason in left.items():
+        if name != "2:4":
+            reasons.setdefault(name.split()[0], reason)
+    return "; ".join(dict.fromkeys(reasons.values())) or "no tactic covers it"
 
 
 @contextmanager
@@ -234,7 +243,7 @@ def _tried(
 
 
 def _trial_key(trial: Trial) -> str:
-    text = json.dumps([trial.library, trial.family, to_plain(trial.problem), trial.fused, trial.most], sort_keys=True)
+    text = json.dumps([trial.library, trial.family, to_plain(trial.problem), trial.form, trial.most], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -4,7 +4,7 @@ Either was seen to end the CUDA context with an illegal instruction. A plan or s
 and the others go on in a fresh process. What comes back is safe to build here.
 
 Several processes share the trials, since making a plan takes a core up to a second; a lock on a file lets one at a time use the GPU for
-timing.
+timing. One that waits for the lock says so: it is not the one that hangs.
 """
 
 import fcntl
@@ -14,14 +14,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from twofour.errors import TwofourError
 from twofour.jit.child import python
@@ -29,8 +30,11 @@ from twofour.kernels.families import read_problem
 from twofour.kernels.records import to_plain
 
 logger = logging.getLogger(__name__)
-PATIENCE_S = 120.0  # without a word from the process
-LAUNCHES, SAMPLES = 5, 5
+PATIENCE_S = 60.0  # without a word from the process
+WAIT_S, POLL_S = 5.0, 0.002  # for the lock: from word to word, from try to try
+BROKEN = 70  # exit code of a process whose CUDA context an error ended
+SAMPLES = 5
+GRAPH_US, MOST_LAUNCHES = 400.0, 20  # aimed length of what is timed, and the launches in it
 MOST_PLANS = 12
 MOST_PROCESSES = 12  # each holds a CUDA context and one layer's operands
 DEFAULT, SEARCH = 0, 1  # what is tried of cuSPARSELt
@@ -39,14 +43,14 @@ CHILD = "from twofour.builder.tactics.untrusted import main; main()"
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem whose plans by a library are to be tried: the first `most` of them; `fused` as in `kernels/conv/cudnn.py`.
+    """A problem whose plans by a library are to be tried: the first `most` of them; `form` as in `kernels/conv/cudnn.py`.
 
     Of cuSPARSELt, its default algorithm and the one that its search finds are tried. `after`, what follows in an engine, is not tried.
     """
 
     family: str
     problem: Any
-    fused: bool = True
+    form: int = 0
     most: int = MOST_PLANS
     library: str = "cudnn"
     after: Any = None
@@ -110,7 +114,7 @@ def _one_process(
         "lock": str(lock),
         "start": start,
         "trials": [
-            {"family": t.family, "problem": to_plain(t.problem), "fused": t.fused, "most": t.most, "library": t.library} for t in trials
+            {"family": t.family, "problem": to_plain(t.problem), "form": t.form, "most": t.most, "library": t.library} for t in trials
         ],
     }
     current: tuple[int, int] | None = None
@@ -128,6 +132,8 @@ def _one_process(
         process.stdin.close()
         for line in _patient(process):
             answer = json.loads(line)
+            if "waiting" in answer:
+                continue
             if "done" in answer:
                 current = None
                 continue
@@ -173,7 +179,7 @@ def main() -> None:
             problem = read_problem(trial["family"], trial["problem"], "problem")
             begin = first_plan if number == first_trial else 0
             if trial["library"] == "cudnn":
-                tryer.cudnn(number, trial["family"], problem, trial["fused"], begin, trial["most"])
+                tryer.cudnn(number, trial["family"], problem, trial["form"], begin, trial["most"])
             else:
                 tryer.cusparselt(number, problem, begin, trial["most"])
     _say({"done": True})
@@ -188,48 +194,53 @@ class _Tryer:
     """Tries the plans of one problem after the other on a GPU."""
 
     def __init__(self, device: int, lock: Path) -> None:
-        from twofour.jit.driver import use_device
+        from twofour.jit.driver import bindings, check, use_device
 
         use_device(device)
         self._device, self._lock = device, lock
         self._handle: Any = None
+        self._stream = check(bindings().cuStreamCreate(1), "making a stream")
 
-    def cudnn(self, number: int, family: str, problem: Any, fused: bool, begin: int, most: int) -> None:
+    def cudnn(self, number: int, family: str, problem: Any, form: int, begin: int, most: int) -> None:
         """Try the plans from `begin` on."""
-        from twofour.kernels.conv.cudnn import UNFUSED
         from twofour.kernels.cudnn import Handle
         from twofour.kernels.launchable import launchable
 
         try:
             self._handle = self._handle or Handle(self._device)
-            count = _num_plans(family, problem, fused, self._handle)
+            count = _num_plans(family, problem, form, self._handle)
         except TwofourError as error:
             _say({"trial": number, "reason": str(error)})
             return
         addresses, alive = _operands(family, "cudnn", problem)
         for plan in range(begin, min(count, most)):
-            algorithm = plan | (0 if fused else UNFUSED)
             with _told(number, plan) as answer:
-                call = launchable(family, "cudnn", problem, None, algorithm, device=self._device, handle=self._handle)
+                call = launchable(family, "cudnn", problem, None, plan | form, device=self._device, handle=self._handle)
                 answer["us"] = self._rough_us(call, addresses)
         del alive
 
     def cusparselt(self, number: int, problem: Any, begin: int, most: int) -> None:
-        """Try the default algorithm, then the one that the search finds, on a weight of zeros; `most` 1: the default alone."""
+        """Try the default algorithm, then the one that the search finds, on a weight of zeros; `most` 1: the default alone.
+
+        NOTE: the bare product is searched. With a bias or an activation, the search of cuSPARSELt 0.8.0 ended the CUDA context with an
+        illegal instruction on every layer tried.
+        """
         from twofour.jit.driver import Buffer
+        from twofour.kernels.gemm.contract import Epilogue
         from twofour.kernels.launchable import launchable
 
         addresses, alive = _operands("gemm", "cusparselt", problem)
-        extra = {name: addresses[name] for name in ("bias", "residual") if name in addresses}
         zeros = Buffer(2 * problem.weight_rows * problem.inputs, zeroed=True)
         for plan in (DEFAULT, SEARCH)[begin:most]:
             with _told(number, plan) as answer:
-                made: Any = launchable("gemm", "cusparselt", problem)
-                weight = made.call.compress(zeros.pointer)
-                answer["plan"] = -1
+                answer["plan"], algorithm = -1, None
                 if plan == SEARCH:
+                    bare: Any = launchable("gemm", "cusparselt", replace(problem, epilogue=Epilogue()))
+                    weight = bare.call.compress(zeros.pointer)
                     with _alone(self._lock):
-                        answer["plan"] = made.call.search(addresses["x"], weight.pointer, addresses["d"], **extra)
+                        answer["plan"] = algorithm = bare.call.search(addresses["x"], weight.pointer, addresses["d"])
+                made: Any = launchable("gemm", "cusparselt", problem, None, algorithm)
+                weight = made.call.compress(zeros.pointer)
                 answer["us"] = self._rough_us(made, addresses | {"weight": weight.pointer})
         del alive
 
@@ -238,7 +249,7 @@ class _Tryer:
 
         space = Buffer(call.workspace_bytes, zeroed=True)
         with _alone(self._lock):
-            return _rough_us(lambda: call(addresses, space.pointer, 0))
+            return _rough_us(lambda stream: call(addresses, space.pointer, stream), self._stream)
 
 
 def _operands(family: str, library: str, problem: Any) -> tuple[dict[str, int], Any]:
@@ -258,38 +269,78 @@ def _told(number: int, plan: int) -> Iterator[dict[str, Any]]:
     try:
         yield answer
     except TwofourError as error:
+        if not _context_lives():
+            logger.error("%s", error)
+            os._exit(BROKEN)  # nothing else can be tried in this process, and leaving it the usual way may crash
         answer |= {"plan": plan, "error": str(error)}
     _say(answer)
+
+
+def _context_lives() -> bool:
+    """Return whether the CUDA context can still be used: an illegal instruction or address ends it for good."""
+    from twofour.jit.driver import bindings, check
+
+    try:
+        check(bindings().cuCtxSynchronize(), "waiting for the GPU")
+    except TwofourError:
+        return False
+    return True
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Let no other process of these trials use the GPU; a process that ends lets go."""
     with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        spoke = time.monotonic()
+        while not _taken(held):
+            if time.monotonic() - spoke > WAIT_S:
+                _say({"waiting": True})
+                spoke = time.monotonic()
+            time.sleep(POLL_S)
         yield
 
 
-def _num_plans(family: str, problem: Any, fused: bool, handle: Any) -> int:
+def _taken(held: IO[str]) -> bool:
+    """Take the lock if it is free."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _num_plans(family: str, problem: Any, form: int, handle: Any) -> int:
     from twofour.kernels.attention import cudnn as attention
     from twofour.kernels.conv import cudnn as conv
 
-    return conv.num_plans(problem, handle, fused=fused) if family == "conv" else attention.num_plans(problem, handle)
+    return conv.num_plans(problem, handle, form) if family == "conv" else attention.num_plans(problem, handle)
 
 
-def _rough_us(call: Any) -> float:
+def _rough_us(enqueue: Callable[[int], None], stream: Any) -> float:
+    """Return microseconds a launch, in a CUDA graph as an engine launches it: alone, a short one takes as long as launching it does."""
     from twofour.jit.driver import bindings, check
+    from twofour.timing.gpu import Candidate, Graph
 
     d = bindings()
     events = [check(d.cuEventCreate(0), "making an event") for _ in range(2)]
-    call()
-    check(d.cuStreamSynchronize(0), "waiting for the GPU")
-    taken = []
-    for _ in range(SAMPLES):
-        check(d.cuEventRecord(events[0], 0), "recording an event")
-        for _ in range(LAUNCHES):
-            call()
-        check(d.cuEventRecord(events[1], 0), "recording an event")
+
+    def us(launch: Callable[[], None]) -> float:
+        check(d.cuEventRecord(events[0], stream), "recording an event")
+        launch()
+        check(d.cuEventRecord(events[1], stream), "recording an event")
         check(d.cuEventSynchronize(events[1]), "waiting for the GPU")
-        taken.append(float(check(d.cuEventElapsedTime(*events), "reading events")) * 1000 / LAUNCHES)
-    return median(taken)
+        return float(check(d.cuEventElapsedTime(*events), "reading events")) * 1000
+
+    enqueue(int(stream))  # the first launch loads the kernel
+    check(d.cuStreamSynchronize(stream), "waiting for the GPU")
+    launches = launches_for(us(lambda: enqueue(int(stream))))
+    graph = Graph(Candidate("a library's plan", lambda _, at: enqueue(at)), launches, stream)
+    us(graph.launch)
+    found = median(us(graph.launch) for _ in range(SAMPLES)) / launches
+    graph.close()
+    return found
+
+
+def launches_for(us: float) -> int:
+    """Return how many launches of about `us` microseconds are timed at once."""
+    return max(1, min(MOST_LAUNCHES, round(GRAPH_US / max(us, 1.0))))

@@ -12,7 +12,7 @@ from twofour.builder.lower import LayerCall
 from twofour.builder.tactics.untrusted import Outcome, Trial
 from twofour.kernels import families
 from twofour.kernels.conv import contract as conv
-from twofour.kernels.conv.cudnn import UNFUSED, is_fusible
+from twofour.kernels.conv.cudnn import BY_GROUP, UNFUSED, is_fusible, one_group
 from twofour.kernels.families import OURS
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.pointwise import contract as pointwise
@@ -23,7 +23,8 @@ SPARSE_CONFIGS, DENSE_CONFIGS = 4, 2
 CUBLASLT_ALGORITHMS = 3
 TRIED_CUDNN = 4  # plans a layer; more than twenty layers with twelve plans each took minutes
 TRIED_SMALL, SMALL_FLOPS = 10, 2e9  # a layer of few operations: which plan fills the GPU is hard to foresee, and trying one is short
-MOST_CUDNN = 2  # of the plans that ran alone, the fastest are timed against the other ways
+NARROW = 16  # channels: narrower groups would leave a launch each too little to do
+MOST_CUDNN, MOST_SMALL = 2, 3  # of the plans that ran alone, the fastest are timed against the other ways
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Way:
         if self.library != "cudnn":
             return self.library if self.algorithm is None else f"{self.library} {self.algorithm}"
         number = self.algorithm or 0
-        return f"cudnn {number % UNFUSED}{', epilogue apart' if number >= UNFUSED else ''}"
+        return f"cudnn {number % UNFUSED}{', epilogue apart' * bool(number & UNFUSED)}{', group by group' * bool(number & BY_GROUP)}"
 
 
 def ways_of(
@@ -99,9 +100,8 @@ def trials_of(
         if reason is not None:
             left["cudnn"] = reason
         else:
-            fused = call.family != "conv" or is_fusible(call.problem)
             most = TRIED_SMALL if call.problem.flops < SMALL_FLOPS else TRIED_CUDNN
-            found.append(Trial(call.family, call.problem, fused=fused, most=most))
+            found += [Trial(call.family, call.problem, form, most) for form in _forms(call)]
     product = _product_of(call)
     if "cusparselt" in libraries and product is not None and call.is_24 and sparsity != "off":
         asked, after = _by_library("cusparselt", replace(product, sparse=True), left)
@@ -112,16 +112,25 @@ def trials_of(
     return found, left
 
 
+def _forms(call: LayerCall) -> list[int]:
+    """Return the forms in which cuDNN's plans are tried."""
+    if call.family != "conv":
+        return [0]
+    form = 0 if is_fusible(call.problem) else UNFUSED
+    part = one_group(call.problem)
+    return [form, form | BY_GROUP] if part is not None and part.inputs >= NARROW else [form]
+
+
 def tried_ways(trial: Trial, outcome: Outcome, left: dict[str, str]) -> list[Way]:
     """Return the fastest of what ran alone; why others are left out goes to `left`."""
     if outcome.reason is not None:
-        left[trial.library] = outcome.reason
+        left[f"{trial.library}{', group by group' * bool(trial.form & BY_GROUP)}"] = outcome.reason
     if trial.library == "cusparselt":
         left |= {f"cusparselt's {'search' if plan else 'default'}": why for plan, why in outcome.left_out.items()}
         return [Way("gemm", "cusparselt", trial.problem, None, None if best < 0 else best, trial.after) for best in outcome.best(1)]
-    first = 0 if trial.fused else UNFUSED
-    left |= {f"cudnn {plan}": why for plan, why in outcome.left_out.items()}
-    return [Way(trial.family, "cudnn", trial.problem, None, first + plan) for plan in outcome.best(MOST_CUDNN)]
+    most = MOST_SMALL if trial.problem.flops < SMALL_FLOPS else MOST_CUDNN
+    left |= {str(Way(trial.family, "cudnn", trial.problem, None, trial.form + plan)): why for plan, why in outcome.left_out.items()}
+    return [Way(trial.family, "cudnn", trial.problem, None, trial.form + plan) for plan in outcome.best(most)]
 
 
 def _product_of(call: LayerCall) -> gemm.Problem | None:
