@@ -18,8 +18,8 @@ from ledger import Record, add_arguments, add_training_arguments, command_of, de
 from networks import NETWORKS, dense_network, program_of
 
 log = logging.getLogger("ablations")
-SHOWN = ("nets", "seeds", "epochs", "lr", "distill", "batch", "weight_decay", "only", "images")
-METHODS = ("wanda", "ria", "sparsegpt")
+SHOWN = ("nets", "seeds", "method", "epochs", "lr", "distill", "batch", "weight_decay", "only", "images")
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 SHORTER = (0.1, 0.3)
 LOW = 0.05
 
@@ -30,12 +30,15 @@ def arms(base: Recipe) -> dict[str, list[Arm]]:
     other = replace(base, distill=0.0 if base.distill else 0.5)
     changed = {"length": lengths, "learning rate": [replace(base, lr=LOW * base.lr)], "distillation": [other]}
     return {
-        "default": [Arm(CONTROL, base, method=""), Arm("2:4", base)],
-        "method": [Arm(f"2:4, {method}", base, method=method) for method in METHODS],
-        "permutation": [Arm("2:4, permuted", base, permuted=True)],
-        "batch-norm": [Arm("2:4, batch-norm re-estimated", base, reestimated=True)],
+        "default": [Arm(CONTROL, base, method=""), Arm("2:4", base, base.method)],
+        "method": [Arm(f"2:4, {method}", base, method) for method in METHODS if method != base.method],
+        "permutation": [Arm("2:4, permuted", base, base.method, permuted=True)],
+        "batch-norm": [Arm("2:4, batch-norm re-estimated", base, base.method, reestimated=True)],
         "masks": [Arm("2:4, masks recomputed", base, recomputed=True)],
-        **{name: [arm for r in recipes for arm in (Arm(CONTROL, r, method=""), Arm("2:4", r))] for name, recipes in changed.items()},
+        **{
+            name: [arm for r in recipes for arm in (Arm(CONTROL, r, method=""), Arm("2:4", r, r.method))]
+            for name, recipes in changed.items()
+        },
     }
 
 
@@ -44,6 +47,7 @@ def main() -> None:
     add_arguments(parser, seeds=5)
     parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=["ResNet-20"])
     parser.add_argument("--only", nargs="+", choices=list(arms(Recipe())), help="these choices and the default")
+    parser.add_argument("--method", choices=METHODS, default="magnitude", help="of pruning, where nothing else is said")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--distill", type=float, default=0.0)
@@ -59,7 +63,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Data.of(a.folder, device, held_out=True, num_images=a.images)
     record = Record(a.out, command_of("ablations.py", a, SHOWN), a.shard)
-    chosen = arms(Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill))
+    chosen = arms(Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill, a.method))
     wanted = [arm for name, group in chosen.items() if a.only is None or name in ("default", *a.only) for arm in group]
     for net in a.nets:
         network = NETWORKS[net]

@@ -4,7 +4,7 @@
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-cifar-200.json --nets ResNet-20 --epochs 200
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-resnet18.json --nets ResNet-18 --seeds 3 --batch 256 --lr 0.1
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-mobilenetv2.json --nets MobileNetV2 --seeds 3 --permute off on
-    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-recipe.json --nets ResNet-20 --seeds 2 --search
+    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-recipe.json --nets ResNet-20 --seeds 2 --epochs 20 --search
 
 FOLDER as in `accuracy_oneshot.py`. ResNet-20 to 56 are others' networks; ResNet-18 and MobileNetV2 are trained here first. Both arms start
 from the same dense weights, and a seed gives both the same order of images, crops and flips. `--search` trains the dense network and all
@@ -15,6 +15,7 @@ trained again; `--gpus 2` shares the seeds over two GPUs.
 import argparse
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,16 +24,28 @@ from fleet import OutOfTimeError, Recipe, leave_default_stream
 from ledger import Record, add_arguments, add_training_arguments, command_of, deadline, shared_over_gpus
 from networks import NETWORKS, dense_network, program_of
 
+from twofour.pruning.methods import METHODS
+
 log = logging.getLogger("accuracy_cifar")
 RECIPE = Recipe(epochs=40, lr=0.2, batch=512)
-SHOWN = ("nets", "seeds", "search", "epochs", "lr", "distill", "batch", "weight_decay", "permute", "images")
+LRS, DISTILLS = (0.03, 0.1, 0.3), (0.0, 0.5)
+SEARCHED = "alps"  # beside the recipe's own method
+SHOWN = ("nets", "seeds", "search", "method", "epochs", "lr", "distill", "batch", "weight_decay", "permute", "images")
 
 
 def recipes(search: bool, base: Recipe) -> list[Recipe]:
     """Return the recipes to try."""
     if not search:
         return [base]
-    return [replace(base, lr=lr, distill=distill) for lr, distill in itertools.product((0.05, 0.1, 0.2, 0.4), (0.0, 0.5))]
+    return [replace(base, lr=lr, distill=distill) for lr, distill in itertools.product(LRS, DISTILLS)]
+
+
+def arms_of(recipe: Recipe, orders: Sequence[str], search: bool) -> list[Arm]:
+    """Return a recipe's arms: the control, each channel order, and in a search another method's start."""
+    found = [Arm(CONTROL, recipe, method="")]
+    for order in orders:
+        found.append(Arm("2:4, permuted" if order == "on" else "2:4", recipe, recipe.method, permuted=order == "on"))
+    return [*found, Arm(f"2:4, {SEARCHED}", recipe, SEARCHED)] if search else found
 
 
 def main() -> None:
@@ -40,6 +53,7 @@ def main() -> None:
     add_arguments(parser, seeds=10)
     parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=["ResNet-20", "ResNet-32", "ResNet-44", "ResNet-56"])
     parser.add_argument("--search", action="store_true", help="judge recipes on images held out of the training set")
+    parser.add_argument("--method", choices=list(METHODS), default=RECIPE.method, help="of pruning")
     parser.add_argument("--epochs", type=int, default=RECIPE.epochs)
     parser.add_argument("--lr", type=float, default=RECIPE.lr)
     parser.add_argument("--distill", type=float, default=RECIPE.distill)
@@ -56,15 +70,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Data.of(a.folder, device, held_out=a.search, num_images=a.images)
     record = Record(a.out, command_of("accuracy_cifar.py", a, SHOWN), a.shard)
-    base = Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill)
-    arms = [
-        arm
-        for recipe in recipes(a.search, base)
-        for arm in (
-            Arm(CONTROL, recipe, method=""),
-            *(Arm("2:4, permuted" if order == "on" else "2:4", recipe, permuted=order == "on") for order in a.permute),
-        )
-    ]
+    base = Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill, a.method)
+    arms = [arm for recipe in recipes(a.search, base) for arm in arms_of(recipe, a.permute, a.search)]
     for net in a.nets:
         network = NETWORKS[net]
         program = program_of(network, a.compile)

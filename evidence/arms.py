@@ -127,6 +127,10 @@ class Experiment:
             self.record.add({**row, "gpu_seconds": round(self.dense_seconds, 2)} if self.dense_seconds else row)
         left = [(arm, seed) for seed in seeds for arm in arms if not self.record.has(self.row(arm.variant, seed, arm.recipe))]
         starts: dict[tuple[Any, ...], tuple[nn.Module, twofour.Pruning | None]] = {}
+        for permuted in dict.fromkeys(arm.permuted for arm in arms if arm.method):
+            usual = Arm("", Recipe(), permuted=permuted)  # what magnitude alone leaves stands beside every other start
+            if not self.record.has(self.oneshot_row(usual)):
+                self.start(usual, starts, plain)
         for (_, _), jobs in _grouped(left):
             for at in range(0, len(jobs), self.fleet):
                 self.train(jobs[at : at + self.fleet], starts, plain)
@@ -170,12 +174,16 @@ class Experiment:
         key = (arm.method, arm.permuted, arm.reestimated)
         if key not in starts:
             starts[key] = pruned(self.dense, arm, self.data.train)
-            notes = [arm.method, *["permuted"] * arm.permuted, *["batch-norm re-estimated"] * arm.reestimated]
-            row = self.row("2:4 one-shot, " + ", ".join(notes), None, None)
+            row = self.oneshot_row(arm)
             if not self.record.has(row):
                 self.record.add({**row, "value": self.judge(starts[key][0], plain), "pruning": str(starts[key][1])})
         model, pruning = starts[key]
         return self.dense if arm.recomputed else model, pruning
+
+    def oneshot_row(self, arm: Arm) -> dict[str, Any]:
+        """Return the row of where an arm's training begins, without its value."""
+        notes = [arm.method, *["permuted"] * arm.permuted, *["batch-norm re-estimated"] * arm.reestimated]
+        return self.row("2:4 one-shot, " + ", ".join(notes), None, None)
 
     def judge(self, model: nn.Module, plain: Tensor) -> float:
         """Return the accuracy in percent."""

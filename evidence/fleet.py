@@ -39,6 +39,7 @@ class Recipe:
 
     Attributes:
         distill: weight of the dense network's soft labels (temperature 4) in the loss; the rest is cross-entropy.
+        method: of pruning, where the 2:4 network starts.
     """
 
     epochs: int = 40
@@ -46,6 +47,7 @@ class Recipe:
     weight_decay: float = 1e-4
     batch: int = 128
     distill: float = 0.0
+    method: str = "magnitude"
 
     def lr_of(self, step: int, steps_an_epoch: int) -> float:
         """Return the learning rate of a step."""

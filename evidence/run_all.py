@@ -41,7 +41,7 @@ CIFAR_TRIAL = "--images 128 --epochs 1 --seeds 1 --batch 64 --dense-epochs 1"
 TEXT_TRIAL = "--images 64 --steps 2 --batch 8 --seeds 1"
 LARGE = "--batch 256 --lr 0.1 --weight-decay 5e-4"
 JOBS = {
-    "recipe": Job("accuracy_cifar.py", "--nets ResNet-20 --search --seeds 2", 5, CIFAR_TRIAL),
+    "recipe": Job("accuracy_cifar.py", "--nets ResNet-20 --search --seeds 2 --epochs 20", 4, CIFAR_TRIAL),
     "stsb-recipe": Job("accuracy_minilm.py", "--task stsb --search --seeds 2 --steps 1000 --per-gpu 1", 4, TEXT_TRIAL),
     "stsb": Job("accuracy_minilm.py", "--task stsb --seeds 6 --per-gpu 3", 4, TEXT_TRIAL),
     "sst2": Job("accuracy_minilm.py", "--task sst2 --seeds 12 --per-gpu 3", 7, TEXT_TRIAL),

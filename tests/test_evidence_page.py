@@ -87,6 +87,25 @@ def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_
     assert "ResNet-20, CIFAR-10 test" in (tmp_path / "plot.svg").read_text()
 
 
+def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    folder = tmp_path / "results" / "gpu"
+    folder.mkdir(parents=True)
+    value = made_up("retraining", "CIFAR-10 test")
+    for row in value["rows"]:
+        if row["recipe"]:
+            row["recipe"] = row["recipe"] | {"method": "alps", "epochs": 20}
+    value["rows"].append({**value["rows"][1], "variant": "2:4 one-shot, alps", "value": 91.34})
+    (folder / "accuracy-a.json").write_text(json.dumps(value))
+    assert (
+        "| ResNet-20 (20 epochs, batch 512, lr 0.2, from alps) | CIFAR-10 test | 91.73 | 71.20 (magnitude), 91.34 (alps) |"
+    ) in script.summary_table()
+    assert script.oneshot_of("2:4, permuted", "alps") == "2:4 one-shot, alps, permuted"
+    assert script.oneshot_of("2:4, wanda", "alps") == "2:4 one-shot, wanda"
+
+
 def test_shards_write_their_own_files_and_their_union_loses_nothing(tmp_path: Path) -> None:
     import ledger
 
@@ -178,6 +197,25 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     assert ledger.rows_of(out) == rows
     monkeypatch.setattr(script, "ROOT", tmp_path)
     assert "4 |" in script.runs_table()
+
+
+def test_the_arms_of_a_recipe_start_where_it_says(script: ModuleType) -> None:
+    import ablations
+    import accuracy_cifar
+    import fleet
+
+    recipe = fleet.Recipe(method="ria")
+    told = [(arm.variant, arm.method, arm.permuted) for arm in accuracy_cifar.arms_of(recipe, ["off", "on"], search=True)]
+    assert told == [
+        ("dense + same training", "", False),
+        ("2:4", "ria", False),
+        ("2:4, permuted", "ria", True),
+        ("2:4, alps", "alps", False),
+    ]
+    assert len(accuracy_cifar.arms_of(recipe, ["off"], search=False)) == 2
+    chosen = ablations.arms(recipe)
+    assert [arm.method for arm in chosen["method"]] == ["magnitude", "wanda", "sparsegpt", "alps"]
+    assert {arm.method for name in ("default", "permutation", "batch-norm", "length") for arm in chosen[name]} == {"", "ria"}
 
 
 def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:
