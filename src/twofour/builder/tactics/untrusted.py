@@ -37,6 +37,7 @@ SAMPLES = 5
 GRAPH_US, MOST_LAUNCHES = 400.0, 20  # aimed length of what is timed, and the launches in it
 MOST_PLANS = 12
 MOST_PROCESSES = 12  # each holds a CUDA context and one layer's operands
+LEAST_TRIALS = 4  # for which a process is worth its start of some seconds
 DEFAULT, SEARCH = 0, 1  # what is tried of cuSPARSELt
 CHILD = "from twofour.builder.tactics.untrusted import main; main()"
 
@@ -81,7 +82,7 @@ def try_plans(trials: Sequence[Trial], device: int = 0) -> list[Outcome]:
         TwofourError: the process cannot even start (its last line is quoted), for example because cuDNN is not installed.
     """
     outcomes = [Outcome() for _ in trials]
-    processes = min(len(trials), MOST_PROCESSES, os.cpu_count() or 1)
+    processes = min(-(-len(trials) // LEAST_TRIALS), MOST_PROCESSES, os.cpu_count() or 1)
     if not processes:
         return outcomes
     with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
