@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,12 +11,23 @@ from click.testing import CliRunner
 from graphs import network, text_model
 
 import twofour
-from twofour.builder.estimate import H200_ERROR, estimate, measured_error, product_us
+from twofour.builder.estimate import (
+    H200_ERROR,
+    NETWORKS_ERROR,
+    estimate,
+    estimate_layer,
+    measured_error,
+    networks_error,
+    product_us,
+)
 from twofour.builder.gpus import GPUS, gpu_named
+from twofour.builder.lower import LayerCall
 from twofour.cli.group import twofour as command_line
 from twofour.errors import InputError
+from twofour.kernels.conv import contract as conv
 
-MEASURED = Path(__file__).parent.parent / "results" / "nvidia-h200" / "gemm.json"
+RESULTS = Path(__file__).parent.parent / "results"
+MEASURED, ENGINE = RESULTS / "nvidia-h200" / "gemm.json", RESULTS / "nvidia-h200" / "engine.json"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +46,32 @@ def test_the_stated_error_is_that_of_the_recorded_measurements() -> None:
         assert (found.median, found.p90) == pytest.approx((stated.median, stated.p90), abs=0.01), (kind, found)
         assert found.n == stated.n
         assert found.median < 0.1
+
+
+def test_the_stated_error_of_whole_networks_is_that_of_the_record() -> None:
+    rows = json.loads((RESULTS / "cpu" / "estimate-networks.json").read_text())["rows"]
+    assert networks_error(rows) == NETWORKS_ERROR
+    assert NETWORKS_ERROR["gain"].median < 0.05
+    measured = {(r["net"], r["batch"], r["precision"], r["variant"]): r["ms"] for r in json.loads(ENGINE.read_text())["rows"] if "ms" in r}
+    for row in rows:  # of the networks as they run today
+        now = [measured[row["net"], row["batch"], row["precision"], variant] for variant in ("off", "2:4")]
+        assert row["measured_ms"] == pytest.approx(now, rel=0.05), row["net"]
+
+
+def conv_us(**different: Any) -> float:
+    """Microseconds of a convolution of 3×3 over 128 channels that differs in something."""
+    usual = {"batch": 64, "height": 56, "width": 56, "inputs": 128, "outputs": 128, "kernel": (3, 3), "pads": (1, 1, 1, 1)}
+    p = conv.Problem(**usual | different)
+    return estimate_layer(LayerCall("c", "Conv", "conv", p, {}, flops=p.flops, num_bytes=p.num_bytes), GPUS["H200"]).dense_us
+
+
+def test_what_libraries_are_slow_at_is_predicted_so() -> None:
+    assert conv_us(outputs=64) == pytest.approx(conv_us(), rel=0.05)  # half of a tile's columns does nothing
+    assert conv_us(inputs=16) > 0.9 * conv_us(inputs=32)
+    assert conv_us(groups=16) > 0.7 * conv_us()  # though it is a sixteenth of the work
+    assert conv_us(groups=128) > 3 * conv_us(kernel=(1, 1), pads=(0, 0, 0, 0), inputs=8, outputs=128)
+    assert conv_us(height=112, width=112, strides=(2, 2)) > 1.4 * conv_us()
+    assert conv_us(epilogue=conv.Epilogue("gelu")) > conv_us(epilogue=conv.Epilogue("relu")) + 3.0
 
 
 def test_peak_rates_are_twice_as_high_sparse_and_have_a_source() -> None:
@@ -68,7 +106,8 @@ def test_a_network_of_large_products_gains_and_says_it_is_a_prediction(linear: P
     assert 1.3 < one.dense_us / one.sparse_us < 1.5
     data = one.to_json()
     assert data["kind"] == "prediction"
-    assert data["error_on_h200"]["2:4"]["n"] == 41
+    assert data["error_on_h200"]["products"]["2:4"]["n"] == 41
+    assert data["error_on_h200"]["networks"]["gain"]["n"] == NETWORKS_ERROR["gain"].n
     assert data["source"] == GPUS["H200"].source
 
 

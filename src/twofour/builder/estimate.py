@@ -1,12 +1,12 @@
 """`estimate`: what 2:4 would buy a network on a GPU that is not here, predicted from data-sheet rates, layer by layer.
 
 A prediction, never a measurement: each layer takes the longer of its arithmetic and its memory traffic, at the shares of the peak rates
-that our kernels and the libraries reach on an H200, plus the time of a launch. How far that is from measured times on the H200 is part of
-every result.
+that our kernels and the libraries reach on an H200, plus the time of a launch; a whole pass takes a little longer than its layers alone.
+How far that is from measured times on the H200, of products and of whole networks, is part of every result.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,43 @@ from twofour.kernels.conv import contract as conv
 DENSE_SHARE = 0.69
 SPARSE_SHARE = 0.51
 BANDWIDTH_SHARE = 0.90
-OTHER_SHARE = 0.40  # attention and batched products
+OTHER_SHARE = 0.16  # attention and batched products
+DEPTHWISE_SHARE = 0.0125  # of the dense peak: cuDNN's depthwise convolutions use no tensor cores
+PASS_OVER_LAYERS = 1.12  # under sustained load the clock is lower than while layers are timed one by one, and kernels have gaps
 LAUNCH_US = 3.0
 TILE = 128
 SPLIT_INPUTS = 384  # the fewest input channels that one of the parts of a tile cut along them has
 SPARSE_WEIGHT_BYTES = 1.125  # a weight: half the values of two bytes, two bits of position for each of these
-LEAST_GROUP = 16  # tensor cores multiply groups of fewer channels as if they had this many
+# Tensor cores multiply narrower convolutions of several positions as if they had this many channels: groups, and whole images.
+LEAST_GROUP, LEAST_CHANNELS = 100, 32
+NATIVE_GROUPS, BY_GROUP = (4, 8, 16, 32, 64), 3.5  # widths that cuDNN has kernels for; groups of others are computed one by one
+OVERLAPPING = 1.6  # the arithmetic of a strided convolution whose patches overlap takes so much longer
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far predictions are from measured times: median and 90th percentile of |predicted / measured - 1|, over n products."""
+    """How far predictions are from what was measured: median and 90th percentile of |predicted / measured - 1|, over n."""
 
     median: float
     p90: float
     n: int
 
+    @classmethod
+    def over(cls, errors: Sequence[float]) -> "Error":
+        """Return the error of several predictions."""
+        ordered = sorted(errors)
+        n = len(ordered)
+        return cls(round(ordered[n // 2], 4), round(ordered[ceil(0.9 * n) - 1], 4), n)
+
     def __str__(self) -> str:
-        return f"{100 * self.median:.0f} % (median) and {100 * self.p90:.0f} % (90th percentile) of {self.n} matrix products"
+        return f"{100 * self.median:.0f} % (median) and {100 * self.p90:.0f} % (90th percentile)"
 
 
 # Against results/nvidia-h200/gemm.json; a test recomputes them.
 H200_ERROR = {"dense": Error(0.032, 0.0797, 41), "2:4": Error(0.0568, 0.1813, 41)}
+# Whole networks, against results/cpu/estimate-networks.json: a pass dense, a pass with 2:4, and the first over the second. The shares of
+# what is no plain product were fitted to layers of these networks.
+NETWORKS_ERROR = {"dense": Error(0.0989, 0.1375, 7), "2:4": Error(0.1258, 0.1902, 7), "gain": Error(0.0365, 0.0651, 7)}
 
 
 @dataclass(frozen=True)
@@ -74,13 +89,13 @@ class Estimate:
 
     @property
     def dense_us(self) -> float:
-        """Sum over the layers, all dense."""
-        return sum(layer.dense_us for layer in self.layers)
+        """A pass with all layers dense."""
+        return PASS_OVER_LAYERS * sum(layer.dense_us for layer in self.layers)
 
     @property
     def sparse_us(self) -> float:
-        """Sum over the layers, each the faster way."""
-        return sum(layer.best_us for layer in self.layers)
+        """A pass with each layer the faster way."""
+        return PASS_OVER_LAYERS * sum(layer.best_us for layer in self.layers)
 
     def __str__(self) -> str:
         gain = self.dense_us / self.sparse_us
@@ -91,7 +106,10 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return the estimate as plain JSON values, labelled a prediction."""
-        errors = {kind: asdict(error) for kind, error in H200_ERROR.items()}
+        errors = {
+            what: {kind: asdict(error) for kind, error in found.items()}
+            for what, found in (("products", H200_ERROR), ("networks", NETWORKS_ERROR))
+        }
         layers = [{**asdict(layer), "best_us": layer.best_us} for layer in self.layers]
         totals = {"dense_us": self.dense_us, "sparse_us": self.sparse_us}
         head = {"kind": "prediction", "gpu": self.gpu, "batch": self.batch, "precision": self.precision, "source": GPUS[self.gpu].source}
@@ -131,11 +149,22 @@ def _conv_us(gpu: Gpu, p: conv.Problem, *, sparse: bool) -> tuple[float, str]:
     image = 2 * p.batch * p.height * p.width * p.inputs
     residual = 2 * p.pixels * p.outputs if p.epilogue.residual else 0
     if p.groups > 1 and channels < 4:
-        # Depthwise: no tensor cores, the image's traffic decides.
-        return _longer(gpu, 0.0, image + 2 * p.pixels * p.outputs + residual)
-    padded = max(1.0, LEAST_GROUP / channels) if p.groups > 1 else 1.0
+        arithmetic = p.flops / (gpu.dense_tflops * DEPTHWISE_SHARE * 1e6)
+        return _longer(gpu, arithmetic, image + 2 * p.pixels * p.outputs + residual)
+    padded = 1.0
+    if p.groups > 1:
+        padded = max(1.0, LEAST_GROUP / channels) if channels in NATIVE_GROUPS else BY_GROUP
+    elif positions > 1:
+        padded = max(1.0, TILE / p.outputs) * max(1.0, LEAST_CHANNELS / channels)
+    if any(k > s > 1 for k, s in zip(p.kernel, p.strides, strict=True)) and p.groups == 1:
+        padded *= OVERLAPPING
     extra = image - 2 * p.pixels * inputs + residual
     return product_us(gpu, p.pixels, p.outputs, inputs, sparse=sparse, extra_bytes=extra, padded=padded)
+
+
+def _activation_us(gpu: Gpu, activation: str, elements: int) -> float:
+    """Return what an activation of many instructions adds: it follows its product, reading and writing the output once more."""
+    return 0.0 if activation in ("none", "relu", "relu6") else _longer(gpu, 0.0, 4.0 * elements)[0]
 
 
 def shape_text(call: LayerCall) -> str:
@@ -174,6 +203,10 @@ def estimate_layer(call: LayerCall, gpu: Gpu) -> LayerEstimate:
         share = OTHER_SHARE if call.family in ("attention", "matmul") else 1.0
         arithmetic = call.flops / (gpu.dense_tflops * share * 1e6) if share < 1.0 else 0.0
         dense_us, bound = _longer(gpu, arithmetic, call.num_bytes)
+    if call.family in ("gemm", "conv"):
+        rows = p.tokens if call.family == "gemm" else p.pixels
+        after = _activation_us(gpu, p.epilogue.activation, rows * p.outputs)
+        dense_us, sparse_us = dense_us + after, None if sparse_us is None else sparse_us + after
     if sparse_us is not None:
         why_not = "" if sparse_us < 0.98 * dense_us else f"bound by {'its launch' if bound == 'launch' else bound}, 2:4 would not help"
     return LayerEstimate(call.name, call.family, shape_text(call), call.flops, dense_us, sparse_us, bound, why_not)
@@ -214,6 +247,11 @@ def measured_error(rows: Sequence[dict[str, Any]], gpu: Gpu, *, sparse: bool) ->
         if times:
             predicted, _ = product_us(gpu, row["tokens"], row["out"], row["in"], sparse=sparse)
             errors.append(abs(predicted / min(times) - 1))
-    errors.sort()
-    found = Error(errors[len(errors) // 2], errors[ceil(0.9 * len(errors)) - 1], len(errors))
-    return replace(found, median=round(found.median, 4), p90=round(found.p90, 4))
+    return Error.over(errors)
+
+
+def networks_error(rows: Sequence[dict[str, Any]]) -> dict[str, Error]:
+    """Return how far predictions of whole networks are from their measured times, and from what 2:4 bought them."""
+    ratios = [[p / m for p, m in zip(row["predicted_ms"], row["measured_ms"], strict=True)] for row in rows]
+    found = {"dense": [d for d, _ in ratios], "2:4": [s for _, s in ratios], "gain": [d / s for d, s in ratios]}
+    return {kind: Error.over([abs(ratio - 1) for ratio in values]) for kind, values in found.items()}

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from twofour.builder import BuildRecord, Estimate
-from twofour.builder.estimate import H200_ERROR
+from twofour.builder.estimate import H200_ERROR, NETWORKS_ERROR
 from twofour.builder.record import why_winner
 from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
@@ -99,11 +99,13 @@ def print_estimates(estimates: Sequence[Estimate], console: Console) -> None:
         )
     console.print(table)
     say(console, "A prediction from data-sheet rates, not a measurement.")
+    dense, sparse, gain = (NETWORKS_ERROR[kind] for kind in ("dense", "2:4", "gain"))
+    say(
+        console,
+        f"On an H200, of {dense.n} whole networks: a dense pass is off by {dense}, a 2:4 one by {sparse}, what 2:4 buys by {gain}.",
+    )
     for kind, error in H200_ERROR.items():
-        say(
-            console,
-            f"On an H200 such predictions are off by {error}, {kind}; other GPUs are assumed to reach the same shares of their rates.",
-        )
+        say(console, f"There, of {error.n} matrix products, {kind}: off by {error}. Other GPUs are assumed to reach the same shares.")
 
 
 def print_gains(pairs: Sequence[tuple[BuildRecord, BuildRecord]], console: Console) -> None:
