@@ -14,7 +14,8 @@ from typing import Any
 from twofour.files import write_text
 from twofour.kernels.launchable import sources_digests
 from twofour.report import Report
-from twofour.report.gemm import PROTOCOL, current_rows
+from twofour.report.gemm import current_rows
+from twofour.timing.gpu import COMPARABLE
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "evidence"))
@@ -62,7 +63,7 @@ def gemm_table() -> str:
     """Return our kernels beside the libraries as Markdown, or a sentence when no recorded row is of these kernels, timed by
     today's protocol."""
     recorded = read(GEMM) if GEMM.is_file() else {"rows": []}
-    rows = [row for row in current_rows(recorded) if not row["stale"] and row.get("protocol") == PROTOCOL]
+    rows = [row for row in current_rows(recorded) if not row["stale"] and row.get("protocol") in COMPARABLE]
     if not rows:
         return "No measurement of the present kernels is recorded."
     lines = ["| sustained, geometric means | dtype | shapes | 2:4 over cuSPARSELt | worst | 2:4 over cuBLASLt | our dense over cuBLASLt |"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -10,7 +11,7 @@ from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
 from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary, to_do
-from twofour.timing.gpu import MOST_SETTLE_S, PROTOCOL, figure, is_settled, refuse_unstable, sets_for
+from twofour.timing.gpu import HEAT_S, MOST_SETTLE_S, PROTOCOL, SAMPLE_S, Stopwatch, figure, is_settled, refuse_unstable, sets_for
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -90,6 +91,17 @@ def test_a_resumed_run_measures_what_is_absent_stale_old_or_unstable() -> None:
     ]
     assert to_do(wanted, ["bf16"], rows) == [("stale", "bf16"), ("old", "bf16"), ("unstable", "bf16"), ("few", "bf16")]
     assert ("good", "fp16") in to_do(wanted, ["bf16", "fp16"], rows)
+
+
+def test_the_gpu_is_heated_before_the_first_sustained_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = object.__new__(Stopwatch)
+    watch.meter = MagicMock(clock_mhz=1000.0, power_w=600.0)
+    ran: list[tuple[str, float]] = []
+    monkeypatch.setattr(watch, "settle", lambda graph: None)
+    monkeypatch.setattr(watch, "keep_busy", lambda graph, seconds: ran.append((graph, seconds)) or [1.0])
+    figures = watch.sustained(["a", "b"])  # type: ignore[list-item]
+    assert ran == [("b", HEAT_S), *((name, SAMPLE_S) for name in "abba")]
+    assert [figure.n for figure in figures] == [2, 2]
 
 
 def test_work_has_settled_when_three_windows_agree_or_time_is_up() -> None:

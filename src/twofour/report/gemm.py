@@ -19,7 +19,7 @@ from twofour.jit.driver import num_sms
 from twofour.kernels.gemm import contract
 from twofour.kernels.gemm.contract import Problem
 from twofour.kernels.gemm.source import sources_digest
-from twofour.timing.gpu import PROTOCOL, Graph, Stopwatch
+from twofour.timing.gpu import COMPARABLE, PROTOCOL, Graph, Stopwatch
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
@@ -246,7 +246,7 @@ def to_do(wanted: Mapping[str, tuple[int, int, int]], dtypes: Sequence[str], row
     """
     digest = sources_digest()
     good = {
-        (r["name"], r["dtype"]) for r in rows if r["sources_digest"] == digest and r.get("protocol") == PROTOCOL and not r.get("unstable")
+        (r["name"], r["dtype"]) for r in rows if r["sources_digest"] == digest and r.get("protocol") in COMPARABLE and not r.get("unstable")
     }
     ordered = sorted(wanted.items(), key=lambda item: item[1][0] < 512)
     return [(name, dtype) for dtype in dtypes for name, _ in ordered if (name, dtype) not in good]

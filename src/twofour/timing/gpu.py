@@ -22,7 +22,9 @@ from twofour.jit.driver import bindings, bus_id, check, use_device
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 2  # rows taken by another protocol are measured again
+# Rows taken by a protocol that is not comparable are measured again. 3 heats the GPU first; what came out stable without stands.
+PROTOCOL, COMPARABLE = 3, (2, 3)
+HEAT_S = 2.0  # of back-to-back work before the first sustained figure
 SETTLE_S = 0.35  # least back-to-back work before a sustained figure
 MOST_SETTLE_S = 2.5
 WINDOW_S = 0.2  # whose medians are compared while settling
@@ -240,11 +242,16 @@ class Stopwatch:
         return [figure(s, self.meter.clock_mhz, self.meter.power_w) for s in samples]
 
     def sustained(self, graphs: Sequence[Graph], rounds: int = 2) -> list[Figure]:
-        """Return a figure each: the graphs take turns, forwards then backwards; each runs back to back until settled, then is sampled."""
+        """Return a figure each: the graphs take turns, forwards then backwards; each runs back to back until settled, then is sampled.
+
+        NOTE: the last graph heats the GPU first. After a pause the power controller takes seconds to settle, longer than `settle` can tell
+        from one graph's times; whatever came first had up to ten times the spread of the others.
+        """
         samples: list[list[float]] = [[] for _ in graphs]
         clocks: list[list[float]] = [[] for _ in graphs]
         powers: list[list[float]] = [[] for _ in graphs]
         order = list(range(len(graphs)))
+        self.keep_busy(graphs[-1], HEAT_S)
         for turn in range(rounds):
             for i in order if turn % 2 == 0 else reversed(order):
                 self.settle(graphs[i])
