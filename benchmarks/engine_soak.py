@@ -4,10 +4,14 @@ Each thread has a stream and calls the engine with batches in its own random ord
 of that batch, made alone. Device memory and the process' own memory are taken every minute, after the first tenth of the time has passed.
 Prints a line a minute and a verdict; exits with 1 where something differed or grew by more than `--slack` MiB. Needs one Hopper GPU.
 
-    python benchmarks/engine_soak.py model.plan [--minutes 30] [--threads 8] [--batches 1,7,32,100] [--slack 64]
+    python benchmarks/engine_soak.py model.plan [--minutes 30] [--part 10 --json FILE] [--threads 8] [--batches 1,7,32,100] [--slack 64]
+
+With `--json` the minutes may come in parts, which must all find the same results; memory is judged within each part.
 """
 
 import argparse
+import datetime
+import hashlib
 import json
 import random
 import sys
@@ -19,6 +23,9 @@ from typing import Any
 import torch
 
 import twofour
+from twofour.files import write_text
+from twofour.kernels.launchable import sources_digests
+from twofour.plan import Plan
 from twofour.runtime.memory import resident_bytes
 
 
@@ -64,21 +71,46 @@ class Soak:
                 self.calls += 1
 
 
+def record_of(path: Path | None) -> dict[str, Any]:
+    """Return what earlier parts left in the file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {"parts": []}
+    return found
+
+
+def joined(record: dict[str, Any], part: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """Return the record with a further part: passed once the minutes are full, every part passed and all found the same results."""
+    parts = [*record["parts"], part]
+    total = sum(one["minutes"] for one in parts)
+    alike = all(one["results"] == parts[0]["results"] for one in parts)
+    sums = {"minutes": round(total, 2), "calls": sum(one["calls"] for one in parts), "results_alike": alike}
+    return {**record, **sums, "passed": all(one["passed"] for one in parts) and alike and total >= minutes, "parts": parts}
+
+
+def digest_of(outputs: tuple[torch.Tensor, ...]) -> str:
+    """Return a digest of some outputs' bits."""
+    return hashlib.sha256(b"".join(y.cpu().numpy().tobytes() for y in outputs)).hexdigest()[:16]
+
+
 def main() -> None:
     """Soak and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="of all parts together")
+    parser.add_argument("--part", type=float, help="of this call; all that is missing by default")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--batches", default="1,2,7,32,33")
     parser.add_argument("--slack", type=int, default=64, help="MiB that memory may differ")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where the parts are kept")
     options = parser.parse_args()
+    record = record_of(options.json)
+    missing = options.minutes - sum(part["minutes"] for part in record["parts"])
+    seconds = 60 * max(0.0, missing if options.part is None else min(options.part, missing))
+    plan = Plan.load(options.plan)
     soak = Soak(twofour.load(options.plan), [int(b) for b in options.batches.split(",")])
     threads = [threading.Thread(target=soak.work, args=(i,)) for i in range(options.threads)]
     for thread in threads:
         thread.start()
-    begin, seconds, samples = time.perf_counter(), options.minutes * 60, []
+    begin, samples = time.perf_counter(), []
     step = min(60.0, seconds / 20)
     while time.perf_counter() - begin < seconds and not soak.wrong:
         time.sleep(step)
@@ -97,10 +129,33 @@ def main() -> None:
         say(line)
     ok = not soak.wrong and not grown
     elapsed = (time.perf_counter() - begin) / 60
+    part = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "minutes": elapsed,
+        "calls": soak.calls,
+        "passed": ok,
+        "wrong": soak.wrong,
+        "growth": growth,
+        "results": {str(batch): digest_of(outputs) for batch, outputs in soak.wanted.items()},
+        "samples": samples,
+    }
+    head = {
+        "schema": 1,
+        "kind": "engine-soak",
+        "machine": {**plan.about["machine"], "torch": torch.__version__},
+        "date": part["date"],
+        "command": f"python benchmarks/engine_soak.py {options.plan.name} --minutes {options.minutes:g}",
+        "threads": options.threads,
+        "batches": options.batches,
+        "sources": sources_digests(),
+    }
+    found = {**joined(record, part, options.minutes), **head}
     say(f"{'passed' if ok else 'FAILED'}: {soak.calls:,} calls from {options.threads} threads in {elapsed:.1f} min")
     if options.json:
-        record = {"calls": soak.calls, "minutes": elapsed, "threads": options.threads, "batches": options.batches}
-        options.json.write_text(json.dumps({**record, "samples": samples, "wrong": soak.wrong, "growth": growth, "passed": ok}, indent=1))
+        write_text(options.json, json.dumps(found, indent=1) + "\n")
+        say(
+            f"{found['minutes']:.1f} of {options.minutes:g} min in {len(found['parts'])} parts: {'passed' if found['passed'] else 'not passed'}"
+        )
     sys.exit(0 if ok else 1)
 
 

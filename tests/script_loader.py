@@ -1,16 +1,16 @@
-"""Loads a file of `scripts/` as a module."""
+"""Loads a file of `scripts/` or another folder of scripts as a module."""
 
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).parent.parent / "scripts"
+ROOT = Path(__file__).parent.parent
 
 
-def load_script(name: str) -> ModuleType:
-    """The module of `scripts/name.py`."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", FOLDER / f"{name}.py")
+def load_script(name: str, folder: str = "scripts") -> ModuleType:
+    """The module of `name.py` in a folder."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from script_loader import load_script
 from torch import nn
 
 from twofour.errors import InputError
@@ -200,3 +201,16 @@ def test_layer_scales_near_zero_and_empty_heads_are_woken(engine: ModuleType, mo
     assert torch.equal(model.layer_scale, torch.full((4, 1, 1), 0.1))
     assert model.head.weight.all()
     assert not model.head.bias.any()
+
+
+def test_a_soak_in_parts_passes_when_the_minutes_are_full_and_results_alike() -> None:
+    soak = load_script("engine_soak", "benchmarks")
+    part = {"minutes": 10.0, "calls": 5, "passed": True, "results": {"1": "a"}}
+    record = soak.record_of(None)
+    for _ in range(3):
+        assert not record.get("passed", False)
+        record = soak.joined(record, part, 30.0)
+    assert record["passed"]
+    assert (record["minutes"], record["calls"], len(record["parts"])) == (30.0, 15, 3)
+    assert not soak.joined(record, part | {"results": {"1": "b"}}, 30.0)["passed"]
+    assert not soak.joined(record, part | {"passed": False}, 30.0)["passed"]
