@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import twofour
 from twofour.compress import Compression, compress
 from twofour.compress.events import EpochFinished, Event, StageFinished, StageStarted
+from twofour.compress.settings import Settings
+from twofour.compress.trainings import Trainings
 from twofour.errors import InputError, VerificationError
 from twofour.report import Report
 from twofour.sources import Task
-from twofour.training import Checkpoint
+from twofour.training import Checkpoint, Recipe
 
 FILES = [
     "dense.onnx",
@@ -211,3 +214,18 @@ def test_checks_that_can_fail_are_in_the_report(short_run: Compression) -> None:
     names = [check.name for check in short_run.report.checks]
     assert "engine predicts what torch predicts, 2:4" in names
     assert "accuracy kept" in names
+
+
+@pytest.mark.parametrize("method", ["magnitude", "alps"])
+def test_batch_norm_is_re_estimated_where_that_helps_after_the_method(
+    method: str, tmp_path: Path, digits: Task, demo_net: nn.Module
+) -> None:
+    recipe = Recipe()
+    settings = Settings("demo", "digits", tmp_path, recipe=recipe, method=method, permute=False, exclude=("stages.2.*",))
+    trainings = Trainings(settings, digits, None, None)  # type: ignore[arg-type]
+    dense = Checkpoint.of(demo_net, "accuracy", 0.0)
+    pruned = trainings._pruned(recipe, dense)
+    moved = not torch.equal(pruned.state["stem.1.running_var"], dense.state["stem.1.running_var"])
+    told = "re-estimated on 6 batches" if method == "magnitude" else "left as they are: after alps"
+    assert moved == (pruned.reestimated is not None) == (method == "magnitude")
+    assert told in pruned.pruning.notes[-1]

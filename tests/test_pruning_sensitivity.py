@@ -143,6 +143,16 @@ def test_the_costliest_layers_stay_dense_until_the_budget_is_met(permute: float)
     assert generous.kept_dense == ()
 
 
+def test_a_budget_leaves_batch_norm_as_prune_does() -> None:
+    model, by_hand = network(), network()
+    measured = sensitivity(model, EXAMPLE, error, method="sparsegpt", calibration=BATCHES, **LOWER)
+    done = prune_within(model, EXAMPLE, error, measured, 1e6, permute=False, calibration=BATCHES)
+    record = prune(by_hand, EXAMPLE, method="sparsegpt", calibration=BATCHES, permute=False)
+    assert digest(model) == digest(by_hand)
+    assert done.value == error(by_hand)
+    assert done.pruning.notes == record.notes
+
+
 def test_the_fewest_is_found_by_halving() -> None:
     for most in (1, 2, 5, 16):
         for threshold in range(most + 1):
@@ -244,10 +254,14 @@ def test_the_command_takes_every_method(run: Any) -> None:
     code, out, _ = run("--method", "sparsegpt", "--no-permute", "--out", "p.safetensors")
     assert code == 0
     assert "Pruning(sparsegpt: 8 of 10 layers 2:4" in out
+    assert "note: stages.2.conv2.weight: Hessian singular (" in out
+    assert "note: batch-norm statistics left as they are: after sparsegpt each layer gives nearly what they describe\n" in out
+    assert re.search(r"accuracy: dense [\d.]+, one-shot 2:4 [\d.]+\n", out)
     code, out, _ = run("--method", "wanda", "--by-block", "--resume", "blocks", "--out", "b.safetensors")
     assert code == 0
     assert "outside the blocks" not in out
     assert len(list(Path("blocks").glob("block-*.safetensors"))) == 3
+    assert "note: batch-norm statistics re-estimated on 6 batches\n" in out
     assert re.search(r"accuracy: dense [\d.]+, one-shot 2:4 [\d.]+, with batch-norm re-estimated [\d.]+", out)
 
 

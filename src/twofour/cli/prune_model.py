@@ -14,7 +14,8 @@ from twofour.cli.steps import Steps
 from twofour.cli.tables import print_pruning, print_sensitivity
 from twofour.compress.pipeline import refuse_absent_device
 from twofour.errors import TwofourError
-from twofour.pruning import Budgeted, Pruning, Sensitivity, prune, prune_blocks, prune_within, reestimate_batchnorm, sensitivity
+from twofour.pruning import Budgeted, Pruning, Sensitivity, prune, prune_blocks, prune_within, sensitivity
+from twofour.pruning.apply import settle_norms
 from twofour.pruning.calibration import moved, tracked_norms
 from twofour.pruning.methods import METHODS
 from twofour.pruning.methods.method import find_method
@@ -69,8 +70,8 @@ def _at_once(module: nn.Module, task: Task, asked: Asked, show: Steps) -> tuple[
         record = prune(module, example, calibration=batches, reestimate=False, progress=show, **options)
     metric = evaluate(module, task)
     told.append(f"one-shot {record.pattern} {metric:.2f}")
-    if tracked_norms(module):
-        reestimate_batchnorm(module, _batches(task, asked), len(example))
+    record, again = settle_norms(module, record, lambda: _batches(task, asked), len(example))
+    if again:
         metric = evaluate(module, task)
         told.append(f"with batch-norm re-estimated {metric:.2f}")
     return record, ", ".join(told), metric

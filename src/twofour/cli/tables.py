@@ -16,13 +16,15 @@ from twofour.report.gpu import GpuMeasurement
 
 
 def print_pruning(record: Pruning, console: Console) -> None:
-    """Print a pruning, a row a layer."""
+    """Print a pruning: a row a layer, then what was noted, such as a damped Hessian."""
     table = make_table("layer", "kind", "shape", "2:4", "magnitude kept", "why not")
     for layer in record.layers:
         kept = "" if layer.kept_magnitude is None else f"{100 * layer.kept_magnitude:.1f} %"
         shape = "×".join(map(str, layer.shape))
         add_row(table, layer.name, layer.kind, shape, "yes" if layer.eligible else "no", kept, layer.reason)
     console.print(table)
+    for note in record.notes:
+        say(console, f"note: {note}")
 
 
 def print_sensitivity(measured: Sensitivity, console: Console) -> None:

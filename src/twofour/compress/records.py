@@ -35,7 +35,7 @@ def digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A network right after pruning: its weights (batch-norm re-estimated, where it has any), its record, and its metric then."""
+    """A network right after pruning: its weights (batch-norm re-estimated where that helps), its record, and its metric then."""
 
     state: dict[str, Tensor]
     pruning: Pruning

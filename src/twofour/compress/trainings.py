@@ -14,8 +14,8 @@ from twofour.compress.records import Pruned, Records
 from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
 from twofour.errors import TrainingError, UserCodeError
-from twofour.pruning import Pruning, prune, reestimate_batchnorm
-from twofour.pruning.calibration import tracked_norms
+from twofour.pruning import Pruning, prune
+from twofour.pruning.apply import settle_norms
 from twofour.pruning.methods import METHODS
 from twofour.sources import Task, load_weights, resolve_model
 from twofour.training import Checkpoint, Epoch, Recipe, Step, calibration_batches, evaluate, train
@@ -109,10 +109,8 @@ class Trainings:
         )
         model.to(settings.device)
         one_shot = evaluate(model, task)
-        reestimated = None
-        if tracked_norms(model):
-            reestimate_batchnorm(model, calibration_batches(task), len(task.example_inputs()))
-            reestimated = evaluate(model, task)
+        record, again = settle_norms(model, record, lambda: calibration_batches(task), len(task.example_inputs()))
+        reestimated = evaluate(model, task) if again else None
         state = Checkpoint.of(model, task.metric.name, one_shot).state
         return Pruned(state, record, one_shot, reestimated)
 

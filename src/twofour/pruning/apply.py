@@ -1,6 +1,6 @@
 """`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,9 @@ from twofour.pruning.permutation.record import carried_digest
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero, is_sharded
 
+# The methods that change the values they keep, so that each layer gives nearly what the dense one gave.
+UPDATING = frozenset({"sparsegpt", "alps"})
+
 
 def prune(
     model: nn.Module,
@@ -34,7 +37,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
-    reestimate: bool = True,
+    reestimate: bool | None = None,
     progress: Report | None = None,
 ) -> Pruning:
     """Prune the eligible weights of `model` in place and return the record.
@@ -53,7 +56,8 @@ def prune(
         calibration: batches for the method, and to re-estimate batch-norm statistics on after pruning, no labels used (see
             `reestimate_batchnorm`); a tuple or list gives its first `len(example_inputs)` items to the model. A method that looks at
             data goes through them several times: an iterator is turned into a list.
-        reestimate: False leaves the batch-norm statistics of the dense network although calibration is given.
+        reestimate: whether batch-norm statistics are measured anew where calibration is given. None: where the method leaves the kept
+            values as they are, so not after "sparsegpt" and "alps", whose new values give what the old statistics describe.
         progress: called with what is done (a batch or a layer), how many, and of how many if known.
 
     Raises:
@@ -65,7 +69,7 @@ def prune(
     with undone_on_failure(model, ready):
         choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
         record = recorded(model, ready, method, choices)
-        statistics = ready.calibration.batches if ready.calibration is not None and reestimate else None
+        statistics = norm_batches(model, ready, method, reestimate)
         write(model, choices, statistics, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
     return replace(record, notes=tuple(ready.notes))
 
@@ -124,6 +128,44 @@ def prepare(
         ready.permutation = permute_channels(model, example_inputs, targets=targets, scores=scores, seconds=seconds)
         notes += [f"permutation: {note}" for note in (ready.permutation.reason, *ready.permutation.notes) if note]
     return ready
+
+
+def why_statistics_stay(method: str) -> str:
+    """Return why batch-norm statistics are better left as they are after `method`; empty where measuring them anew helps."""
+    if method not in UPDATING:
+        return ""
+    return f"batch-norm statistics left as they are: after {method} each layer gives nearly what they describe"
+
+
+def norm_batches(model: nn.Module, ready: Prepared, method: str, reestimate: bool | None = None) -> Iterable[Any] | None:
+    """Return the batches to re-estimate batch-norm on, None for none; `reestimate` as of `prune`, and what it leaves out is noted."""
+    if ready.calibration is None or reestimate is False:
+        return None
+    reason = why_statistics_stay(method) if reestimate is None else ""
+    if not reason:
+        return ready.calibration.batches
+    if tracked_norms(model):
+        ready.notes.append(reason)
+    return None
+
+
+def settle_norms(model: nn.Module, record: Pruning, batches: Callable[[], Iterable[Any]], num_inputs: int) -> tuple[Pruning, bool]:
+    """Re-estimate batch-norm where that helps after the record's method; return the record with a note of it, and whether it was done.
+
+    For a model that is evaluated between pruning and re-estimation; `batches` is called only if they are needed.
+    """
+    if not tracked_norms(model):
+        return record, False
+    note = why_statistics_stay(record.method)
+    done = not note
+    if done:
+        note = reestimated(reestimate_batchnorm(model, batches(), num_inputs))
+    return replace(record, notes=(*record.notes, note)), done
+
+
+def reestimated(count: int) -> str:
+    """Return the note that the statistics were measured anew."""
+    return f"batch-norm statistics re-estimated on {count} batches"
 
 
 @contextmanager
@@ -269,4 +311,4 @@ def write(
             for name, weight in before.items():
                 parameters[name].copy_(weight)
         raise
-    notes.append(f"batch-norm statistics re-estimated on {count} batches")
+    notes.append(reestimated(count))

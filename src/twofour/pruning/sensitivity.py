@@ -14,7 +14,7 @@ from torch import nn
 from twofour.errors import InputError
 from twofour.files import write_text
 from twofour.pattern import Pattern
-from twofour.pruning.apply import prepare, recorded, undone_on_failure, write
+from twofour.pruning.apply import norm_batches, prepare, recorded, undone_on_failure, write
 from twofour.pruning.block_files import digest_of
 from twofour.pruning.calibration import STATISTICS, tensors_in, tracked_norms
 from twofour.pruning.decide import Report, decide
@@ -125,7 +125,8 @@ def sensitivity(
         evaluate: takes the model, returns the metric; it must not change the model.
         direction: whether more of the metric is better.
         method, pattern, include, exclude: as of `prune`. Channels keep their order.
-        calibration: batches for the method, and to re-estimate batch-norm on before every evaluation; None leaves the statistics.
+        calibration: batches for the method, and to re-estimate batch-norm on before every evaluation where `prune` would; None leaves
+            the statistics.
         resume: a JSON file that gets the record; layers that it holds already are not measured again.
         progress: called with what is done, how many, and of how many if known.
 
@@ -135,6 +136,7 @@ def sensitivity(
     ready = prepare(model, example_inputs, method, False, pattern, include, exclude, calibration, progress)
     choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
     batches = None if ready.calibration is None else ready.calibration.batches
+    again = norm_batches(model, ready, method)
     about = {"metric": metric, "direction": direction, "method": method, "pattern": str(ready.pattern)}
     state = {"state": digest_of([*model.state_dict().values()]), "calibration": _calibration_digest(batches)}
     done = _begun(Path(resume), about, state) if resume is not None else None
@@ -146,7 +148,7 @@ def sensitivity(
             continue
         layer = known.get(record.name)
         if layer is None:
-            with tried(model, {record.name: choices[record.name]}, batches, len(example_inputs)):
+            with tried(model, {record.name: choices[record.name]}, again, len(example_inputs)):
                 value = _finite(evaluate(model), metric, f"with only {record.name!r} pruned")
             layer = LayerSensitivity(record.name, record.shape, record.flops, value, (dense - value) * (1 if direction == "higher" else -1))
         layers.append(layer)
@@ -261,14 +263,14 @@ def prune_within(
                 f"the sensitivity is of other layers (first: {other!r}), expected those to prune; measure it with these options"
             )
         choices = decide(model, ready.names, ready.method, ready.pattern, ready.calibration, progress)
-        batches = None if ready.calibration is None else ready.calibration.batches
+        again = norm_batches(model, ready, measured.method)
         sign = 1 if measured.direction == "higher" else -1
         values: dict[int, float] = {}
 
         def fits(count: int) -> bool:
             """Whether leaving the `count` costliest layers dense is enough."""
             some = {name: choices[name] for name in ranked[count:]}
-            with tried(model, some, batches, len(example_inputs)):
+            with tried(model, some, again, len(example_inputs)):
                 values[count] = evaluate(model)
             if progress is not None:
                 progress("pruning tried", len(values), None)
@@ -284,7 +286,7 @@ def prune_within(
         ready.records = [_left(record, measured, ranked[:count]) for record in ready.records]
         some = {name: choices[name] for name in ranked[count:]}
         record = recorded(model, ready, measured.method, some)
-        write(model, some, batches, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
+        write(model, some, again, len(example_inputs), ready.notes, used=ready.method.is_calibrated)
     pruning = replace(record, notes=tuple(ready.notes))
     return Budgeted(pruning, measured.dense, values[count], tuple(ranked[:count]), every)
 
