@@ -11,14 +11,12 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Sampler
+from methods import Sampler, machine
 
 import twofour
 from twofour.errors import MissingExtraError
@@ -40,7 +38,7 @@ def layers_of(shape: dict[str, int]) -> list[tuple[int, int]]:
 
 
 def expected(shape: dict[str, int], batch_tokens: int) -> dict[str, int]:
-    """Return the terms of the peak with SparseGPT, in bytes.
+    """Return the terms of the peak with SparseGPT, in bytes, and their sum: an upper bound, as they are not all there at once.
 
     The block in bf16; XᵀX of all seven layers; of the layer that needs most, three more matrices of the size of its XᵀX and five fp32
     copies of the weight; one batch of activations in the widest place, three fp32 copies.
@@ -104,10 +102,11 @@ def main() -> None:
     weights = 32 * sum(out * columns for out, columns in layers_of(SHAPES["7B"]))
     seven |= {"model_bytes": 2 * (weights + 2 * VOCABULARY * 4096), "masks_bytes": weights, "values_bytes": 2 * weights}
     seven |= {"activations_bytes": 2 * 128 * 2048 * 4096}
+    gpu = torch.cuda.get_device_name(arguments.device) if torch.device(arguments.device).type == "cuda" else None
     result = {
         "schema": 1,
         "kind": "blocks-memory",
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "twofour": twofour.__version__},
+        "machine": {**machine(), "gpu": gpu, "twofour": twofour.__version__},
         "date": datetime.date.today().isoformat(),
         "command": f"python evidence/blocks_memory.py {arguments.out} --device {arguments.device} --layers {arguments.layers}",
         "rows": [row, seven],

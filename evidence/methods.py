@@ -5,8 +5,9 @@
 
 FOLDER is that of evidence/accuracy_oneshot.py (of the training images the first sheet is enough), with `minilm/` (all-MiniLM-L6-v2 as
 config.json, tokenizer and model.fp16.safetensors) and `stsb/` (STS-B English as csv: sentence, sentence, score) beside it. Each row is
-measured in a process of its own, so that its memory is its own and its failure costs no other row; rows are written as they come, and a
-second run goes on where the first one ended. `--device` is where evidence/methods_retrained.py trains; the rest runs on the CPU.
+measured in a process of its own, so that its memory is its own and its failure costs no other row; rows are written as they come, each
+with the machine that measured it, and a second run goes on where the first one ended. `--device` is where evidence/methods_retrained.py
+trains; the rest runs on the CPU.
 """
 
 import argparse
@@ -202,7 +203,7 @@ def measure_all(
     folder: Path, out: Path, keys: list[Key], *, jobs: int, device: str, measured: Callable[..., list[dict[str, Any]]] = measure
 ) -> list[Key]:
     """Measure the rows that the file lacks, write it after each, and return those that failed."""
-    digest = sources_digest()
+    digest, here = sources_digest(), machine()
     done = [row for row in (json.loads(out.read_text())["rows"] if out.is_file() else []) if is_current(row, digest)]
     known = {Key.of(row) for row in done}
     left = [key for key in keys if key not in known]
@@ -214,7 +215,7 @@ def measure_all(
         futures = {threads.submit(apart, measured, folder, key, device): key for key in left}
         for count, future in enumerate(as_completed(futures), 1):
             try:
-                done += [row | {"sources_digest": digest} for row in future.result()]
+                done += [row | {"sources_digest": digest, "machine": here} for row in future.result()]
             # Whatever a row meets, the others are worth having.
             except Exception:
                 log.exception("%s failed", futures[future])
@@ -243,14 +244,19 @@ def main() -> None:
         sys.exit(f"{len(failed)} rows failed: {', '.join(map(str, failed))}; the same command tries them again")
 
 
-def write(out: Path, done: list[dict[str, Any]]) -> None:
-    """Write the results file."""
+def machine() -> dict[str, Any]:
+    """Return what a row's seconds depend on; rows of one file may come from several machines."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def write(out: Path, done: list[dict[str, Any]]) -> None:
+    """Write the results file; its head names the machine that wrote it last, each row the one that measured it."""
     result = {
         "schema": 1,
         "kind": "methods",
-        "machine": {"cpu": model, "cores": os.cpu_count(), "threads": 1, "torch": torch.__version__, "twofour": twofour.__version__},
+        "machine": {**machine(), "threads": 1, "twofour": twofour.__version__},
         "date": datetime.date.today().isoformat(),
         "command": f"python evidence/methods.py FOLDER {out}",
         "calibration": {

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/methods.md from results/cpu/methods.json and results/cpu/blocks-memory.json: `python scripts/methods.py`."""
+"""Writes the tables of docs/methods.md from results/cpu/methods.json and both blocks-memory.json: `python scripts/methods.py`."""
 
 import json
 import re
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 METHODS = ROOT / "results" / "cpu" / "methods.json"
 MEMORY = ROOT / "results" / "cpu" / "blocks-memory.json"
+GPU_MEMORY = ROOT / "results" / "nvidia-h200" / "blocks-memory.json"
 REESTIMATED = "2:4 one-shot, batch-norm re-estimated"
 
 
@@ -83,12 +84,21 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+def seconds_of(recorded: dict[str, Any]) -> str:
+    """Return the processors and torch versions that each network's CPU seconds come from."""
+    nets: dict[str, dict[str, None]] = {}
+    for row in recorded["rows"]:
+        if row["seed"] is None and row["method"] and not row["permuted"]:
+            of_net = nets.setdefault(row["net"], {})
+            of_net[f"{row['machine']['cpu']}, torch {row['machine']['torch']}"] = None
+    return "; ".join(f"{net} on {' and '.join(machines)}" for net, machines in nets.items())
+
+
 def methods_tables() -> str:
     """Return the tables of every network recorded, and where they were measured."""
     recorded = read(METHODS)
     nets = dict.fromkeys(row["net"] for row in recorded["rows"])
-    machine = recorded["machine"]
-    where = f"{machine['cpu']}, one thread, torch {machine['torch']}; {recorded['date']}; `{recorded['command']}`"
+    where = f"CPU seconds, one thread: {seconds_of(recorded)}. {recorded['date']}; `{recorded['command']}`"
     calibration = "; ".join(f"{name}: {text}" for name, text in recorded["calibration"].items() if isinstance(text, str))
     return "\n\n".join(
         [*(network_table(net, recorded) for net in nets), *retrained_table(recorded), f"Calibration: {calibration}. {where}."]
@@ -96,33 +106,54 @@ def methods_tables() -> str:
 
 
 def memory_table() -> str:
-    """Return the memory of block-by-block pruning: measured for the 1B shape, computed for 7B."""
-    recorded = read(MEMORY)
-    gib = lambda count: f"{count / 2**30:.2f}"  # noqa: E731 - a unit
-    lines = [
-        "| GiB | " + " | ".join(f"{row['shape']} shape" for row in recorded["rows"]) + " |",
-        "|---" * (1 + len(recorded["rows"])) + "|",
-    ]
+    """Return the memory of block-by-block pruning: measured for the 1B shape on a GPU and on a CPU, computed for 7B, and how far off."""
+    gpu, cpu = read(GPU_MEMORY), read(MEMORY)
+    on_gpu, on_cpu, seven = gpu["rows"][0], cpu["rows"][0], cpu["rows"][1]
+    assert on_gpu["expected"] == on_cpu["expected"], "the two results are of other shapes; measure them with the same options"
+    shapes = (on_cpu, seven)
+    lines = ["| GiB | " + " | ".join(f"{row['shape']} shape" for row in shapes) + " |", "|---" * (1 + len(shapes)) + "|"]
     names = {"block": "the block, bf16", "statistics": "XᵀX of its layers", "choosing": "choosing, the largest layer", "batch": "one batch"}
     for key, name in {**names, "peak": "**device peak, computed**"}.items():
-        lines.append(f"| {name} | " + " | ".join(gib(row["expected"][key]) for row in recorded["rows"]) + " |")
-    measured = recorded["rows"][0]
-    device = measured["device_peak_bytes"]
+        lines.append(f"| {name} | " + " | ".join(gib(row["expected"][key]) for row in shapes) + " |")
+    peaks = {"GPU (allocator)": on_gpu["device_peak_bytes"], "CPU (resident memory above the rest)": host_peak(on_cpu)}
+    lines += [f"| **peak, measured** on a {where} | {gib(peak)} | – |" for where, peak in peaks.items()]
+    names = {"model_bytes": "model", "activations_bytes": "activations", "values_bytes": "new values", "masks_bytes": "masks"}
+    lines += [f"| host: {name} | " + " | ".join(gib(row[key]) for row in shapes) + " |" for key, name in names.items()]
+    lines += [f"| host, together | {' | '.join(gib(sum(row[key] for key in names)) for row in shapes)} |"]
+    return "\n".join(
+        [*lines, "", memory_error(on_cpu["expected"]["peak"], seven["expected"]["peak"], *peaks.values()), "", origin(gpu, cpu)]
+    )
+
+
+def gib(count: float) -> str:
+    """Return a number of bytes in GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def host_peak(row: dict[str, Any]) -> int:
+    """Return the resident memory at its peak above the model, the blocks finished by then and the activations, in bytes."""
     # While the last block is chosen, the results of all others are there.
-    finished = (measured["masks_bytes"] + measured["values_bytes"]) * (measured["layers"] - 1) // measured["layers"]
-    above = measured["host_peak_bytes"] - finished - measured["activations_bytes"]
-    peak, how = (device, "GPU allocator") if device is not None else (above, "resident memory above model, finished blocks and activations")
-    lines.append(f"| **peak, measured** ({how}) | {gib(peak)} | – |")
-    for key, name in (("model_bytes", "host: model"), ("activations_bytes", "host: activations"), ("values_bytes", "host: new values")):
-        lines.append(f"| {name} | " + " | ".join(gib(row[key]) for row in recorded["rows"]) + " |")
-    lines.append("| host: masks | " + " | ".join(gib(row["masks_bytes"]) for row in recorded["rows"]) + " |")
-    machine = recorded["machine"]
-    lines += [
-        "",
-        f"{measured['layers']} layers, {measured['sequences']} sequences of {measured['tokens']} tokens measured; 128 of 2,048 for 7B. ",
-    ]
-    lines[-1] += f"torch {machine['torch']}; {recorded['date']}; `{recorded['command']}`."
-    return "\n".join(lines)
+    finished = (row["masks_bytes"] + row["values_bytes"]) * (row["layers"] - 1) // row["layers"]
+    return int(row["host_peak_bytes"] - finished - row["activations_bytes"])
+
+
+def memory_error(one: int, seven: int, gpu: int, cpu: int) -> str:
+    """Return what a 7B run is expected to take, given the computed peaks of both shapes and the measured ones of the 1B shape."""
+    off = [100 * (one / measured - 1) for measured in (gpu, cpu)]
+    return (
+        f"A 7B run is expected to take {gib(seven)} GiB of the device at most, and about {gib(seven * gpu / one)} GiB if the computation "
+        f"is as far off there as at the 1B shape, where it lies {off[0]:+.0f} % from what the GPU's allocator measured and {off[1]:+.0f} % "
+        "from the CPU's peak. It is an upper bound, as it adds what is never there at once: when the widest layer, the block's last, is "
+        "chosen, XᵀX of the layers before it is gone, and most matrices of its factorisation are gone before the weight is copied."
+    )
+
+
+def origin(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:
+    """Return what was measured, and by which commands."""
+    row, seven = cpu["rows"]
+    parts = [f"torch {r['machine']['torch']}, {r['rows'][0]['seconds']:,.0f} s; {r['date']}; `{r['command']}`" for r in (gpu, cpu)]
+    measured = f"{row['layers']} layers, {row['sequences']} sequences of {row['tokens']:,} tokens measured"
+    return f"{measured}; {seven['sequences']} of {seven['tokens']:,} for 7B. GPU: {parts[0]}. CPU: {parts[1]}."
 
 
 TABLES: dict[str, Callable[[], str]] = {"methods": methods_tables, "memory": memory_table}

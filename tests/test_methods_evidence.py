@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,10 +54,18 @@ def test_failed_rows_are_left_out_and_tried_again(methods: ModuleType, tmp_path:
     assert {key.method for key in failed} == broken
     assert written == list(range(1, 1 + len(keys) - len(broken)))
     assert [methods.Key.of(r) for r in json.loads(out.read_text())["rows"]] == [key for key in keys if key.method not in broken]
+    result = json.loads(out.read_text())
+    here = {"cpu": result["machine"]["cpu"], "cores": os.cpu_count(), "torch": torch.__version__}
+    assert all(r["machine"] == here for r in result["rows"])
+    elsewhere = {"cpu": "another", "cores": 1, "torch": "1.0"}
+    result["rows"][0]["machine"] = elsewhere
+    out.write_text(json.dumps(result))
     tried.clear()
     broken.clear()
     assert methods.measure_all(tmp_path, out, keys, jobs=1, device="cpu", measured=measured) == []
     assert {key.method for key in tried} == {"wanda", "dense"}
+    machines = {methods.Key.of(r).method: r["machine"] for r in json.loads(out.read_text())["rows"]}
+    assert machines == {key.method: elsewhere if key.method == "magnitude" else here for key in keys}
     assert [methods.Key.of(r) for r in json.loads(out.read_text())["rows"]] == keys
 
 

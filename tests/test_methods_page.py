@@ -44,6 +44,43 @@ def test_every_method_was_measured_on_every_network(script: ModuleType) -> None:
         assert {row["method"] for row in rows if row["net"] == net and not row["permuted"]} == {"", *METHODS}
 
 
+def test_what_the_text_says_of_batch_norm_is_what_was_measured(script: ModuleType) -> None:
+    rows = [row for row in script.read(script.METHODS)["rows"] if not row["permuted"] and row["seed"] is None]
+    values = {(row["net"], row["method"], row["variant"]): f"{row['value']:.2f}" for row in rows}
+    text = " ".join(PAGE.partition("## Which to use when")[2].split())
+    for net in ("ResNet-20", "ResNet-56"):
+        pairs = [f"{values[net, m, '2:4 one-shot']} → {values[net, m, script.REESTIMATED]}" for m in ("sparsegpt", "alps")]
+        assert f"in {net} ({', '.join(pairs)})" in text
+        assert f"{net} {'keeps ' if net == 'ResNet-20' else ''}{values[net, 'alps', '2:4 one-shot']} of {values[net, '', 'dense']}" in text
+
+
+def test_cpu_seconds_name_the_machines_of_the_rows_they_come_from(script: ModuleType) -> None:
+    def row(net: str, cpu: str, method: str = "wanda", permuted: bool = False, seed: int | None = None) -> dict[str, Any]:
+        return {"net": net, "method": method, "permuted": permuted, "seed": seed, "machine": {"cpu": cpu, "cores": 2, "torch": "2.13"}}
+
+    rows = [row("A", "one", ""), row("A", "two"), row("A", "two"), row("A", "one", permuted=True), row("A", "one", seed=0)]
+    recorded = {"rows": [*rows, row("B", "one"), row("B", "two", "alps")], "machine": {"cpu": "head", "torch": "0"}}
+    assert script.seconds_of(recorded) == "A on two, torch 2.13; B on one, torch 2.13 and two, torch 2.13"
+
+
+def test_every_row_names_its_machine_and_retrained_ones_that_of_their_device(script: ModuleType) -> None:
+    rows = script.read(script.METHODS)["rows"]
+    assert all(row["machine"].keys() == {"cpu", "cores", "torch"} for row in rows)
+    assert all(("+cu" in row["machine"]["torch"]) == (row["device"] != "CPU") for row in rows if row["seed"] is not None)
+
+
+def test_the_memory_of_7b_is_told_with_the_error_at_the_measured_shape(script: ModuleType) -> None:
+    gib = 1 << 30
+    told = script.memory_error(2 * gib, 4 * gib, gib, 4 * gib)
+    assert "take 4.00 GiB of the device at most, and about 2.00 GiB" in told
+    assert "it lies +100 % from what the GPU's allocator measured and -50 % from the CPU's peak" in told
+    row = {"masks_bytes": 30, "values_bytes": 60, "layers": 3, "activations_bytes": 5, "host_peak_bytes": 1065}
+    assert script.host_peak(row) == 1000
+    gpu, cpu = (script.read(path)["rows"][0] for path in (script.GPU_MEMORY, script.MEMORY))
+    assert f"on a GPU (allocator) | {gpu['device_peak_bytes'] / gib:.2f} |" in PAGE
+    assert f"on a CPU (resident memory above the rest) | {script.host_peak(cpu) / gib:.2f} |" in PAGE
+
+
 def test_retrained_rows_are_a_table_of_their_own(script: ModuleType) -> None:
     def row(method: str, seed: int | None, value: float) -> dict[str, Any]:
         about = {"net": "ResNet-20", "method": method, "permuted": False, "seed": seed, "value": value, "data": "CIFAR-10 test"}

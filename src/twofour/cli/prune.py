@@ -37,8 +37,8 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
     """Prune weights to 2:4; no retraining.
 
     MODEL is a name; its --weights are pruned, batch-norm statistics are re-estimated on --data (not after sparsegpt and alps, which
-    change the kept weights), and the accuracy is told before and after. DIR is a folder of safetensors (or one file) of any size: it is pruned tensor by tensor into --out, and goes on where an
-    interrupted run stopped.
+    change the kept weights), and the accuracy is told before and after. DIR is a folder of safetensors (or one file) of any size: it is
+    pruned tensor by tensor into --out, and goes on where an interrupted run stopped.
     """
     from twofour.errors import InputError
     from twofour.files import refuse_same, require_suffix
