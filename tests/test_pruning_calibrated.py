@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twofour.errors import InputError
 from twofour.pattern import count_groups
 from twofour.pruning import permute, prune, reestimate_batchnorm
-from twofour.pruning.apply import UPDATING, settle_norms
+from twofour.pruning.batch_norm import UPDATING, settle_norms
 from twofour.pruning.decide import Calibration, permutation_scores, rounds_of
 from twofour.pruning.methods import METHODS
 from twofour.pruning.permutation import carried

@@ -91,6 +91,40 @@ def test_reestimated_statistics_are_the_plain_average_of_the_batches() -> None:
     assert int(model[1].num_batches_tracked) == 3
 
 
+def test_a_batch_norm_that_the_data_never_reach_keeps_its_statistics() -> None:
+    class WithHead(nn.Module):
+        """The second norm is run in training only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.aux, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.body(x))
+            return self.head(self.aux(x) if self.training else x)
+
+    model, data = WithHead(), 5 * torch.randn(64, 8) + 3
+    model(data)
+    model.eval()
+    trained = {name: value.clone() for name, value in model.aux.state_dict().items()}
+    record = prune(model, (data[:2],), calibration=[data[:0], data, {"x": data[:0]}], permute=False)
+    assert record.notes[-1] == "batch-norm statistics re-estimated on 1 batches; those of 'aux' stay, as no batch reaches them"
+    assert all(torch.equal(value, trained[name]) for name, value in model.aux.state_dict().items())
+    inner = (data @ model.body.weight.T + model.body.bias).detach()
+    torch.testing.assert_close(model.norm.running_mean, inner.mean(0), rtol=1e-5, atol=1e-4)
+    before = digest(model)
+    with pytest.raises(InputError, match="calibration holds no batch, expected at least one"):
+        prune(model, (data[:2],), calibration=[data[:0]], permute=False)
+    assert digest(model) == before
+    model.norm = model.aux
+    del model.aux
+    model.forward = lambda x: model.head(model.body(x))  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="calibration never reaches batch-norm 'norm', expected batches that use it; give such batches"):
+        reestimate_batchnorm(model, [data])
+    assert torch.equal(model.norm.running_mean, trained["running_mean"])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 def test_reestimation_changes_nothing_but_the_statistics() -> None:
     model = small()
     model.train()

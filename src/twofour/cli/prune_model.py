@@ -15,7 +15,7 @@ from twofour.cli.tables import print_pruning, print_sensitivity
 from twofour.compress.pipeline import refuse_absent_device
 from twofour.errors import TwofourError
 from twofour.pruning import Budgeted, Pruning, Sensitivity, prune, prune_blocks, prune_within, sensitivity
-from twofour.pruning.apply import settle_norms
+from twofour.pruning.batch_norm import settle_norms
 from twofour.pruning.calibration import moved, tracked_norms
 from twofour.pruning.methods import METHODS
 from twofour.pruning.methods.method import find_method

@@ -15,7 +15,7 @@ from twofour.compress.settings import Settings
 from twofour.compress.stages import Stages
 from twofour.errors import TrainingError, UserCodeError
 from twofour.pruning import Pruning, prune
-from twofour.pruning.apply import settle_norms
+from twofour.pruning.batch_norm import settle_norms
 from twofour.pruning.methods import METHODS
 from twofour.sources import Task, load_weights, resolve_model
 from twofour.training import Checkpoint, Epoch, Recipe, Step, calibration_batches, evaluate, train

@@ -1,6 +1,6 @@
 """`prune`: examine, choose, set to zero, re-estimate batch-norm, record."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from twofour.errors import InputError
 from twofour.pattern import Pattern
-from twofour.pruning.calibration import reestimate_batchnorm, reusable, tracked_norms
+from twofour.pruning.batch_norm import measured_anew, why_statistics_stay
+from twofour.pruning.calibration import reusable, tracked_norms
 from twofour.pruning.capture import execute
 from twofour.pruning.decide import Calibration, Report, decide, permutation_scores, require_calibration
 from twofour.pruning.eligibility import examine
@@ -22,9 +23,6 @@ from twofour.pruning.permutation import permute as permute_channels
 from twofour.pruning.permutation.record import carried_digest
 from twofour.pruning.record import LayerRecord, Pruning
 from twofour.pruning.sharded import fill_zero, is_sharded
-
-# The methods that change the values they keep, so that each layer gives nearly what the dense one gave.
-UPDATING = frozenset({"sparsegpt", "alps"})
 
 
 def prune(
@@ -130,13 +128,6 @@ def prepare(
     return ready
 
 
-def why_statistics_stay(method: str) -> str:
-    """Return why batch-norm statistics are better left as they are after `method`; empty where measuring them anew helps."""
-    if method not in UPDATING:
-        return ""
-    return f"batch-norm statistics left as they are: after {method} each layer gives nearly what they describe"
-
-
 def norm_batches(model: nn.Module, ready: Prepared, method: str, reestimate: bool | None = None) -> Iterable[Any] | None:
     """Return the batches to re-estimate batch-norm on, None for none; `reestimate` as of `prune`, and what it leaves out is noted."""
     if ready.calibration is None or reestimate is False:
@@ -147,25 +138,6 @@ def norm_batches(model: nn.Module, ready: Prepared, method: str, reestimate: boo
     if tracked_norms(model):
         ready.notes.append(reason)
     return None
-
-
-def settle_norms(model: nn.Module, record: Pruning, batches: Callable[[], Iterable[Any]], num_inputs: int) -> tuple[Pruning, bool]:
-    """Re-estimate batch-norm where that helps after the record's method; return the record with a note of it, and whether it was done.
-
-    For a model that is evaluated between pruning and re-estimation; `batches` is called only if they are needed.
-    """
-    if not tracked_norms(model):
-        return record, False
-    note = why_statistics_stay(record.method)
-    done = not note
-    if done:
-        note = reestimated(reestimate_batchnorm(model, batches(), num_inputs))
-    return replace(record, notes=(*record.notes, note)), done
-
-
-def reestimated(count: int) -> str:
-    """Return the note that the statistics were measured anew."""
-    return f"batch-norm statistics re-estimated on {count} batches"
 
 
 @contextmanager
@@ -305,10 +277,10 @@ def write(
     if calibration is None:
         return
     try:
-        count = reestimate_batchnorm(model, calibration, num_inputs)
+        _, note = measured_anew(model, calibration, num_inputs)
     except BaseException:
         with torch.no_grad():
             for name, weight in before.items():
                 parameters[name].copy_(weight)
         raise
-    notes.append(reestimated(count))
+    notes.append(note)
