@@ -285,3 +285,12 @@ def test_arguments_of_another_kind_and_models_that_do_not_run_are_refused() -> N
     with pytest.raises(InputError, match="the model does not run on the example inputs, expected inputs that it takes: ") as caught:
         twofour.prune(whole, (x,))
     assert "\n" not in str(caught.value)
+
+    class Checking(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] != 8:
+                raise ValueError(f"width {x.shape[1]} is not 8\nof this model")
+            return self[1](self[0](x))  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"expected inputs that it takes: width 9 is not 8$"):
+        twofour.prune(Checking(*model), (torch.randn(2, 9),))
