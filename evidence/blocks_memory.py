@@ -37,20 +37,36 @@ def layers_of(shape: dict[str, int]) -> list[tuple[int, int]]:
     return [(hidden, hidden), (narrow, hidden), (narrow, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
 
 
-def expected(shape: dict[str, int], batch_tokens: int) -> dict[str, int]:
-    """Return the terms of the peak with SparseGPT, in bytes, and their sum: an upper bound, as they are not all there at once.
+def choosing(out: int, columns: int) -> int:
+    """Return what SparseGPT takes to choose one bf16 layer beside its XᵀX, in bytes: the larger of two stages.
 
-    The block in bf16; XᵀX of all seven layers; of the layer that needs most, three more matrices of the size of its XᵀX and five fp32
-    copies of the weight; one batch of activations in the widest place, three fp32 copies.
+    The factorisation: three matrices of the size of XᵀX and the weight in fp32. The output error: the weight and the new values twice in
+    fp32, the new values in bf16, the mask twice, and in the precision of XᵀX the change, its product with XᵀX and the product of both,
+    with the weight itself where that precision is not fp32.
+    """
+    weights, size = out * columns, hessian_bytes(columns)
+    wide = size // columns**2
+    copies = 3 * 4 + 2 + 2 * 1 + wide * (3 if wide == 4 else 4)
+    return max(3 * size + 4 * weights, copies * weights)
+
+
+def expected(shape: dict[str, int], batch_tokens: int) -> dict[str, int]:
+    """Return the terms of the peak with SparseGPT, in bytes; tensors only, without the workspaces of libraries.
+
+    The block in bf16; with it either XᵀX of all seven layers and one batch of activations in the widest place, three fp32 copies, or what
+    choosing takes and XᵀX of that layer and those after it: each is let go when its layer is chosen.
     """
     layers = layers_of(shape)
+    sizes = [hessian_bytes(columns) for _, columns in layers]
+    left, most = max(((sum(sizes[k:]), choosing(*layer)) for k, layer in enumerate(layers)), key=sum)
     terms = {
         "block": sum(2 * out * columns for out, columns in layers),
-        "statistics": sum(hessian_bytes(columns) for _, columns in layers),
-        "choosing": max(3 * hessian_bytes(columns) + 5 * 4 * out * columns for out, columns in layers),
+        "statistics": sum(sizes),
         "batch": 3 * 4 * batch_tokens * shape["intermediate_size"],
+        "statistics_left": left,
+        "choosing": most,
     }
-    return terms | {"peak": terms["block"] + terms["statistics"] + max(terms["choosing"], terms["batch"])}
+    return terms | {"peak": terms["block"] + max(terms["statistics"] + terms["batch"], left + most)}
 
 
 def measure(device: str, layers: int, sequences: int, tokens: int) -> dict[str, Any]:

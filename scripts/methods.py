@@ -112,7 +112,8 @@ def memory_table() -> str:
     assert on_gpu["expected"] == on_cpu["expected"], "the two results are of other shapes; measure them with the same options"
     shapes = (on_cpu, seven)
     lines = ["| GiB | " + " | ".join(f"{row['shape']} shape" for row in shapes) + " |", "|---" * (1 + len(shapes)) + "|"]
-    names = {"block": "the block, bf16", "statistics": "XᵀX of its layers", "choosing": "choosing, the largest layer", "batch": "one batch"}
+    names = {"block": "the block, bf16", "statistics": "XᵀX of its layers", "batch": "one batch"}
+    names |= {"choosing": "or choosing, the layer that needs most", "statistics_left": "with its XᵀX and those still to come"}
     for key, name in {**names, "peak": "**device peak, computed**"}.items():
         lines.append(f"| {name} | " + " | ".join(gib(row["expected"][key]) for row in shapes) + " |")
     peaks = {"GPU (allocator)": on_gpu["device_peak_bytes"], "CPU (resident memory above the rest)": host_peak(on_cpu)}
@@ -141,10 +142,10 @@ def memory_error(one: int, seven: int, gpu: int, cpu: int) -> str:
     """Return what a 7B run is expected to take, given the computed peaks of both shapes and the measured ones of the 1B shape."""
     off = [100 * (one / measured - 1) for measured in (gpu, cpu)]
     return (
-        f"A 7B run is expected to take {gib(seven)} GiB of the device at most, and about {gib(seven * gpu / one)} GiB if the computation "
-        f"is as far off there as at the 1B shape, where it lies {off[0]:+.0f} % from what the GPU's allocator measured and {off[1]:+.0f} % "
-        "from the CPU's peak. It is an upper bound, as it adds what is never there at once: when the widest layer, the block's last, is "
-        "chosen, XᵀX of the layers before it is gone, and most matrices of its factorisation are gone before the weight is copied."
+        f"A 7B run is expected to take {gib(seven)} GiB of the device by the computation, which at the 1B shape lies {off[0]:+.0f} % from "
+        f"what the GPU's allocator measured and {off[1]:+.0f} % from the CPU's peak: it counts tensors only, not the workspaces of "
+        "libraries, nor what the host's allocator keeps of memory given back. Corrected by the GPU's measurement: "
+        f"{gib(seven * gpu / one)} GiB."
     )
 
 

@@ -4,8 +4,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,16 +14,26 @@ from typing import Any
 import pytest
 import torch
 
+from twofour.pattern import Pattern
+from twofour.pruning.decide import chosen
+from twofour.pruning.methods import METHODS
+from twofour.pruning.statistics import Part, Statistics
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def methods() -> Iterator[ModuleType]:
+def evidence() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, str(ROOT / "evidence"))
     try:
-        yield importlib.import_module("methods")
+        yield importlib.import_module
     finally:
         sys.path.remove(str(ROOT / "evidence"))
+
+
+@pytest.fixture(scope="module")
+def methods(evidence: Callable[[str], ModuleType]) -> ModuleType:
+    return evidence("methods")
 
 
 def row(key: Any, **more: Any) -> dict[str, Any]:
@@ -90,3 +101,29 @@ def test_two_networks_and_two_methods_are_retrained(methods: ModuleType) -> None
     }
     assert {key.seed for key in keys} == {0, 1, 2}
     assert len(set(methods.wanted(list(methods.NETWORKS), True, True))) == len(methods.wanted(list(methods.NETWORKS), True, True))
+
+
+@pytest.mark.parametrize(("out", "columns", "float64_up_to"), [(512, 128, 4096), (128, 512, 4096), (128, 512, 256), (768, 384, 256)])
+def test_choosing_takes_the_memory_that_is_computed(
+    evidence: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, out: int, columns: int, float64_up_to: int
+) -> None:
+    """The peak of what torch allocated and freed, to the few bytes of scalars."""
+    for module in ("statistics", "decide"):
+        monkeypatch.setattr(f"twofour.pruning.{module}.FLOAT64_UP_TO", float64_up_to)
+    torch.manual_seed(0)
+    statistics = Statistics.zero(columns, torch.device("cpu"), hessian=True)
+    statistics.add(torch.randn(2 * columns, columns))
+    weight, parts = torch.randn(out, columns, dtype=torch.bfloat16), [Part(0, out, statistics)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        chosen(weight, parts, METHODS["sparsegpt"], Pattern.parse("2:4"), "weight")
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    assert peak == pytest.approx(evidence("blocks_memory").choosing(out, columns), rel=0.01)
+
+
+def test_the_recorded_terms_are_those_computed_today(evidence: Callable[[str], ModuleType]) -> None:
+    memory = evidence("blocks_memory")
+    for path in sorted((ROOT / "results").glob("*/blocks-memory.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            assert row["expected"] == memory.expected(memory.SHAPES[row["shape"]], row["tokens"]), path

@@ -72,8 +72,9 @@ def test_every_row_names_its_machine_and_retrained_ones_that_of_their_device(scr
 def test_the_memory_of_7b_is_told_with_the_error_at_the_measured_shape(script: ModuleType) -> None:
     gib = 1 << 30
     told = script.memory_error(2 * gib, 4 * gib, gib, 4 * gib)
-    assert "take 4.00 GiB of the device at most, and about 2.00 GiB" in told
-    assert "it lies +100 % from what the GPU's allocator measured and -50 % from the CPU's peak" in told
+    assert "take 4.00 GiB of the device by the computation" in told
+    assert "lies +100 % from what the GPU's allocator measured and -50 % from the CPU's peak" in told
+    assert told.endswith("Corrected by the GPU's measurement: 2.00 GiB.")
     row = {"masks_bytes": 30, "values_bytes": 60, "layers": 3, "activations_bytes": 5, "host_peak_bytes": 1065}
     assert script.host_peak(row) == 1000
     gpu, cpu = (script.read(path)["rows"][0] for path in (script.GPU_MEMORY, script.MEMORY))
