@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +189,9 @@ def wanted(nets: list[str], permuted: bool, retrained: bool) -> list[Key]:
 
 def is_current(row: dict[str, Any], digest: str) -> bool:
     """Whether a row was measured with the code and the recipe of today."""
-    return row.get("sources_digest") == digest and (row["seed"] is None or row["recipe"] == asdict(methods_retrained.RECIPE))
+    return row.get("sources_digest") == digest and (
+        row["seed"] is None or row["recipe"] == methods_retrained.told(methods_retrained.RECIPE)
+    )
 
 
 def apart(measured: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:

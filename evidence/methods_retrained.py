@@ -32,6 +32,11 @@ def calibration_batches(images: torch.Tensor, count: int, items: int) -> list[to
     return list(((images[: count * items].float() / 255 - mean) / std).split(items))
 
 
+def told(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as a row records it: without the method, which is the row's own."""
+    return {name: value for name, value in asdict(recipe).items() if name != "method"}
+
+
 def retrain(
     folder: Path, net: str, weights: str, method: str, seed: int, device: str, calibration: tuple[int, int], recipe: Recipe = RECIPE
 ) -> list[dict[str, Any]]:
@@ -51,6 +56,6 @@ def retrain(
     seconds = sum(train_together([member], say=log.info))
     test = Images(*read_bytes(folder / "cifar10", "te"), torch.device(device))
     row = {"net": net, "data": "CIFAR-10 test", "seed": seed, "metric": "accuracy", "variant": VARIANT.get(method, "2:4 retrained")}
-    row |= {"method": "" if method == "dense" else method, "permuted": False, "recipe": asdict(recipe), "images": len(train)}
+    row |= {"method": "" if method == "dense" else method, "permuted": False, "recipe": told(recipe), "images": len(train)}
     row |= {"device": torch.cuda.get_device_name() if train.labels.is_cuda else "CPU", "seconds": round(seconds, 1)}
     return [row | {"steps": recipe.epochs * member.steps_an_epoch, "value": accuracy_percent(member.model, test.plain(), test.labels)}]

@@ -88,10 +88,18 @@ def test_a_row_that_dies_does_not_take_others_along(methods: ModuleType) -> None
 
 def test_a_retrained_row_of_another_recipe_is_measured_again(methods: ModuleType) -> None:
     key = methods.Key("ResNet-20", "magnitude", seed=0)
-    recipe = methods.asdict(methods.methods_retrained.RECIPE)
+    recipe = methods.methods_retrained.told(methods.methods_retrained.RECIPE)
     assert methods.is_current(row(key, recipe=recipe, sources_digest="d"), "d")
     assert not methods.is_current(row(key, recipe={**recipe, "lr": 1.0}, sources_digest="d"), "d")
     assert not methods.is_current(row(key, recipe=recipe, sources_digest="other"), "d")
+
+
+def test_the_recorded_rows_are_of_the_recipe_of_today(methods: ModuleType) -> None:
+    rows = json.loads((ROOT / "results" / "cpu" / "methods.json").read_text())["rows"]
+    assert [methods.Key.of(row) for row in rows if not methods.is_current(row, row["sources_digest"])] == []
+    told = methods.methods_retrained.told(methods.methods_retrained.Recipe(lr=0.5, method="alps"))
+    assert told["lr"] == 0.5
+    assert "method" not in told
 
 
 def test_two_networks_and_two_methods_are_retrained(methods: ModuleType) -> None:
