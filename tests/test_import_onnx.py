@@ -8,6 +8,9 @@ import onnxruntime
 import pytest
 import torch
 from graphs import imported, kinds, small, text_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from lowered_run import run_lowered
 
 from twofour.builder import passes
@@ -76,7 +79,58 @@ def test_a_form_we_lack_says_which() -> None:
     with pytest.raises(UnsupportedError, match=r"Conv with its weight is computed at run time \(Conv_0\)"):
         small("float[1,2,4,4] x, float[2,2,1,1] w", "y = Conv(x, w)")
     with pytest.raises(UnsupportedError, match=r"Gather with indices that are not evenly spaced \(Gather_0\)"):
-        small("float[5,2] x", "y = Gather(x, k)", k=np.array([0, 1, 3], np.int64))
+        small("float[40000,2] x", "y = Gather(x, k)", k=np.arange(200) ** 2)
+
+
+@pytest.mark.parametrize("index", [5, -6])
+def test_an_index_outside_its_axis_is_refused(index: int) -> None:
+    with pytest.raises(UnsupportedError, match=r"Gather with indices outside its axis of 5 \(Gather_0\)"):
+        small("float[2,5] x", "y = Gather <axis=1> (x, k)", k=np.array([1, index]))
+
+
+def bins(size: int, count: int) -> np.ndarray:
+    """Pixels of each bin of torch's adaptive pooling; short bins repeat the last pixel."""
+    longest = max(-(-(i + 1) * size // count) - i * size // count for i in range(count))
+    return np.minimum(np.arange(count)[:, None] * size // count + np.arange(longest), size - 1)
+
+
+@pytest.mark.parametrize(("size", "count", "gathers"), [((8, 7), (7, 6), 2), ((16, 9), (7, 4), 5), ((1, 1), (7, 7), 2)])
+def test_bins_of_an_adaptive_pool_are_views(size: tuple[int, int], count: tuple[int, int], gathers: int) -> None:
+    rows, columns = (bins(*pair) for pair in zip(size, count, strict=True))
+    index = np.stack(np.broadcast_arrays(rows[:, :, None, None], columns), -1)
+    proto = text_model(f"float[2,{size[0]},{size[1]},3] x", "t = Transpose <perm=[1,2,0,3]> (x) y = GatherND(t, k)", k=index)
+    model = imported(proto)
+    assert kinds(model).count("Gather") == gathers
+    x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
+    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(evaluate(model, {"x": x})["y"], wanted)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    np.testing.assert_array_equal(run_lowered(lowered, {"x": x})["y"], wanted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 4)), elements=st.integers(-6, 5)), st.integers(0, 1))
+def test_uneven_indices_are_gathered_in_even_parts(indices: np.ndarray, axis: int) -> None:
+    proto = text_model("float[6,6] x", f"y = Gather <axis={axis}> (x, k)", k=indices)
+    x = np.arange(36, dtype=np.float32).reshape(6, 6)
+    np.testing.assert_array_equal(evaluate(imported(proto, 6), {"x": x})["y"], x.take(indices, axis))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_padding_by_the_images_own_pixels_gathers_them(mode: str) -> None:
+    proto = text_model("float[2,3,4,5] x", f'y = Pad <mode="{mode}"> (x, p, , a)', p=np.array([1, 2, 3, 0]), a=np.array([2, -1]))
+    model = imported(proto)
+    assert set(kinds(model)) == {"Gather", "Concat"}
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    wanted = np.pad(x, ((0, 0), (0, 0), (1, 3), (2, 0)), mode=mode)  # type: ignore[call-overload]
+    np.testing.assert_array_equal(evaluate(model, {"x": x})["y"], wanted)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    np.testing.assert_array_equal(run_lowered(lowered, {"x": x})["y"], wanted)
+
+
+def test_coordinates_that_follow_each_other_are_not_taken_apart() -> None:
+    with pytest.raises(UnsupportedError, match=r"GatherND \(GatherND_0\)"):
+        small("float[2,2] x", "y = GatherND(x, k)", k=np.array([[0, 1], [1, 0]]))
 
 
 def test_fallback_keeps_what_we_lack_as_its_own_model(tmp_path: Path) -> None:

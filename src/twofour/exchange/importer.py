@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from twofour.errors import InputError, UnsupportedError
+from twofour.exchange.gathers import spread_gathers
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.exchange.support import NO_OPERATOR, why_unsupported
 
@@ -165,6 +166,8 @@ def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None 
     for value in model.graph.outputs:
         value.shape = None
     infer_shapes(model, fold)
+    if spread_gathers(model):
+        infer_shapes(model, fold)
     if not fallback:
         refuse_missing(model, where)
     return model

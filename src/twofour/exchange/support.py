@@ -82,7 +82,10 @@ def _gather(node: ir.Node) -> str:
     size = None if sizes is None else sizes[int(number(node, "axis", 0))]
     if not isinstance(size, int):
         return "an axis whose size is not known"
-    return "" if affine(value.const_value.numpy(), size) is not None else "indices that are not evenly spaced"
+    indices = value.const_value.numpy()
+    if indices.size and not -size <= indices.min() <= indices.max() < size:
+        return f"indices outside its axis of {size}"
+    return "" if affine(indices, size) is not None else "indices that are not evenly spaced"
 
 
 def affine(indices: npt.NDArray[np.integer[Any]], size: int) -> tuple[int, list[int]] | None:
