@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graphs import FOLDER, network
+from graphs import FOLDER, network, text_model
 from oracle_gpu import OracleGpu, Serialised, first_ways
 
 from twofour.builder.assemble import Assembler, forced
@@ -82,6 +82,21 @@ def test_a_network_through_plan_and_runtime_gives_what_onnx_runtime_gives(name: 
     layers = sum(bool(row.flops) for row in rows)
     limit = 8 * ROUNDING[precision] * np.sqrt(layers) * np.abs(wanted).max()
     assert np.abs(y - wanted).max() <= limit
+
+
+def test_a_norm_of_zero_keeps_its_bound_in_half_precision(tmp_path: Path) -> None:
+    # Swin V2 divides padded tokens, which are zero, by max(norm, 1e-12): fp16 has no such number.
+    body = "n = ReduceL2 <keepdims=1> (x, a) m = Max(n, e) b = Expand(m, s) y = Div(x, b)"
+    model = text_model("float[3,2,8] x", body, a=np.array([2]), e=np.float32(1e-12), s=np.array([3, 2, 8]))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 2, 8]))
+    onnx.save(model, tmp_path / "model.onnx")
+    plan, _ = assembled(tmp_path / "model.onnx", (3,), "fp16")
+    gpu = OracleGpu()
+    x = np.random.default_rng(0).standard_normal((3, 2, 8)).astype(np.float32)
+    x[1, 1] = 0
+    y = CudaBackend(plan, gpu=gpu, make=gpu.make, rebuild=True).call([x])
+    wanted = x / np.maximum(np.linalg.norm(x, axis=2, keepdims=True), 1e-12)
+    assert np.abs(y - wanted).max() <= 4 * ROUNDING["fp16"]
 
 
 def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> None:

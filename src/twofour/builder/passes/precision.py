@@ -1,12 +1,17 @@
 """Precision: activations become fp16 or bf16; what comes from and goes to the user stays fp32."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import onnx_ir as ir
 
 from twofour.builder.graph import constant_of, elements, is_fused, make_node, nodes_of, only_use, replace, shape_of
 from twofour.builder.passes.infra import Rewrite
+from twofour.builder.passes.programs import program_of
 from twofour.errors import InputError
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+SMALLEST = {ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}  # numbers with all their digits
 CONVERTS = ("Pointwise", "Copy", "Pad", "Patches", "Concat", "View")
 WRITES_FP32 = ("Pointwise", "Copy", "Reduce")
 SMALL = 4096  # constants up to this many elements cost nothing in fp32
@@ -21,6 +26,8 @@ class Precision(Rewrite):
     3. Outputs of the graph stay fp32: Pointwise, Copy, Reduce, Linear write them so; behind any other step a Copy converts.
     4. Constants: weights, biases, scales and anything small stay fp32 (packing rounds the weights); a large constant that an element-wise
        step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type.
+    5. What a program with a constant too small for the 16-bit type computes, for programs alone, stays fp32: max(norm, 1e-12) would be 0
+       in fp16, and x / 0 no number.
     """
 
     def __init__(self, precision: str) -> None:
@@ -44,8 +51,8 @@ class Precision(Rewrite):
                 continue
             count += self._constants(graph, node)
             for value in node.outputs:
-                reads_input = is_fused(node, "View") and self._is_user_value(node.inputs[0])
-                if value.dtype == ir.DataType.FLOAT and not reads_input:
+                stays = (is_fused(node, "View") and self._is_single(node.inputs[0])) or self._is_delicate(node)
+                if value.dtype == ir.DataType.FLOAT and not stays:
                     value.dtype = self.dtype
                     count += 1
         return count + sum(self._output(graph, value) for value in list(graph.outputs))
@@ -56,6 +63,19 @@ class Precision(Rewrite):
         if is_fused(node, "View") and node is not None:
             return self._is_user_value(node.inputs[0])
         return value is not None and ((node is None and not value.is_initializer()) or is_fused(node, "Fallback"))
+
+    def _is_single(self, value: ir.Value | None) -> bool:
+        """Whether what a View shows stays fp32."""
+        node = None if value is None else value.producer()
+        if is_fused(node, "View") and node is not None:
+            return self._is_single(node.inputs[0])
+        return self._is_user_value(value) or (node is not None and self._is_delicate(node))
+
+    def _is_delicate(self, node: ir.Node) -> bool:  # 5
+        if not is_fused(node, "Pointwise") or not any(too_small(step, self.dtype) for step in program_of(node)):
+            return False
+        value = node.outputs[0]
+        return not value.is_graph_output() and all(is_fused(reader, "Pointwise", "Copy") for reader in self._readers(value))
 
     def _input(self, graph: ir.Graph, value: ir.Value) -> bool:  # 2
         readers = [node for node in self._readers(value) if not is_fused(node, "Fallback")]
@@ -130,6 +150,11 @@ class Precision(Rewrite):
     def _writes_fp32(self, node: ir.Node | None) -> bool:
         plain = is_fused(node, "Linear") and node is not None and (len(node.inputs) < 4 or node.inputs[3] is None)
         return plain or is_fused(node, *WRITES_FP32)
+
+
+def too_small(step: Sequence[Any], dtype: ir.DataType) -> bool:
+    """Whether an instruction has a constant other than 0 that `dtype` cannot hold with all its digits."""
+    return any(kind == "c" and 0 < abs(number) < SMALLEST[dtype] for kind, number in step[1:])
 
 
 def make_copy(graph: ir.Graph, value: ir.Value, at: ir.Node, *, behind: bool = False) -> ir.Value:
