@@ -21,6 +21,7 @@ from twofour.builder.record import Timed, build_record, roofline_us, why_winner
 from twofour.cli.group import twofour as command_line
 from twofour.cli.tables import print_build
 from twofour.errors import InputError, UnsupportedError
+from twofour.files import require_writable
 from twofour.report.build_page import render_build
 
 
@@ -129,7 +130,46 @@ def test_options_of_the_other_device_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tactics 'mine' is unknown, expected one of \['all', 'ours'\]"):
         twofour.build(path, device="cuda", tactics="mine", precision="fp16")
     with pytest.raises(InputError, match=r"precision 'fp32' is not one of the GPU engine's, expected one of \['fp16', 'bf16'\]"):
-        twofour.build(path, device="cuda")
+        twofour.build(path, device="cuda", precision="fp32")
+
+
+def test_a_gpu_build_is_in_half_precision_unless_told(tmp_path: Path) -> None:
+    with patch("twofour.builder.build.build_gpu") as made:
+        twofour.build(tmp_path / "net.onnx", device="cuda:1")
+    assert made.call_args.kwargs["precision"] == "fp16"
+    onnx.save(network("mobilenet_v2"), tmp_path / "net.onnx")
+    assert twofour.build(tmp_path / "net.onnx").precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-o", "."], "file '.' cannot be written: it is a folder; name a file"),
+        (["-o", "none/net.plan"], "file 'none/net.plan' cannot be written: its folder does not exist; make it first"),
+        (["-o", "a.plan", "--report", "none/a.html"], "file 'none/a.html' cannot be written: its folder does not exist; make it first"),
+        (["-o", "a.plan", "--timing-cache", "."], "file '.' cannot be written: it is a folder; name a file"),
+        (["-o", "a.plan", "--report", "net.onnx"], "output 'net.onnx' is the input, expected another name; nothing is overwritten"),
+        (["-o", "a.plan", "--report", "./a.plan"], "--report and --timing-cache are files of their own, expected different names"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_timed(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").write_bytes(b"model")
+    with patch("twofour.builder.build", side_effect=AssertionError("the build began")):
+        result = CliRunner().invoke(command_line, ["build", "net.onnx", "--device", "cuda", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert sentence in str(result.exception)
+    assert Path("net.onnx").read_bytes() == b"model"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    with (
+        patch("twofour.files.os.access", return_value=False),
+        pytest.raises(InputError, match="its folder is not writable; choose another"),
+    ):
+        require_writable(tmp_path / "net.plan")
 
 
 def test_the_command_prints_every_batch_size_and_writes_its_page(tmp_path: Path, record: BuildRecord) -> None:

@@ -138,3 +138,16 @@ def test_the_command_prints_tables_and_json(linear: Path) -> None:
     assert "On an H200, of 7 whole networks: a dense pass is off by 10 % (median)" in table.output.replace("\n", " ")
     printed = CliRunner().invoke(command_line, ["estimate", str(linear), "--batch", "64", "--json"])
     assert [row["gpu"] for row in json.loads(printed.output)] == list(GPUS)
+
+
+def test_what_a_fallback_leaves_out_of_the_sum_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(text_model("float[N,64] x", "a = Softsign(x) y = MatMul(a, w)", w=np.ones((64, 64), np.float32)), path)
+    table = CliRunner().invoke(command_line, ["estimate", str(path), "--fallback"], env={"COLUMNS": "200"})
+    assert "Not in these times: Softsign_0, which ONNX Runtime would compute on the CPU." in table.output
+
+
+@pytest.mark.parametrize("batch", ["0", "2147483648", "99999999999999999999"])
+def test_a_batch_that_no_array_can_have_is_refused(linear: Path, batch: str) -> None:
+    with pytest.raises(InputError, match=f"batch is {batch}, expected 1 to 2147483647"):
+        estimate(linear, batch=[int(batch)])

@@ -17,6 +17,25 @@ def _umask() -> int:
     return mask
 
 
+def require_writable(path: str | Path) -> None:
+    """Do nothing if a file can be made at `path`; for long work to ask before it begins.
+
+    Raises:
+        InputError: it is a folder, or its folder does not exist or is not writable.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"file {str(path)!r} cannot be written: it is a folder; name a file")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise InputError(f"file {str(path)!r} cannot be written: its folder does not exist; make it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"file {str(path)!r} cannot be written: its folder is not writable; choose another")
+    except OSError as error:
+        raise InputError(f"file {str(path)!r} cannot be written: {error.strerror}") from error
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Give the body a path beside `path` to write to; after it, that file takes the place of `path` in one step.
@@ -27,12 +46,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         InputError: the folder does not exist, is not writable, or the disk is full.
     """
     path = Path(path)
+    require_writable(path)
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"file {str(path)!r} cannot be written: its folder does not exist; make it first")
-        if path.is_dir():
-            raise InputError(f"file {str(path)!r} cannot be written: it is a folder; name a file")
         yield aside
         aside.chmod(0o666 & ~_umask())
         os.replace(aside, path)

@@ -38,7 +38,7 @@ def build(
     path: str | Path,
     *,
     batch: Sequence[int] = (),
-    precision: str = "fp32",
+    precision: str | None = None,
     sparsity: str = "auto",
     device: str = "cpu",
     tactics: str = "all",
@@ -54,7 +54,7 @@ def build(
     Args:
         batch: batch sizes to tune for; empty means any on the CPU, 1 on a GPU.
         device: `cpu`, `cuda`, or `cuda:N` for GPU N.
-        precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU.
+        precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU; by default the first.
         sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
         tactics: on a GPU, `all`, or `ours` for a plan that needs nothing but the driver.
         timing_cache: a file of earlier choices on a GPU, extended.
@@ -65,9 +65,9 @@ def build(
         InputError: no such file, no ONNX model, an unknown value. UnsupportedError: valid, but not on this device.
     """
     path = Path(path)
-    checked_choice("precision", precision, PRECISIONS)
-    checked_choice("sparsity", sparsity, SPARSITY)
     kind, number = device_of(device)
+    precision = ("fp16" if kind == "cuda" else "fp32") if precision is None else checked_choice("precision", precision, PRECISIONS)
+    checked_choice("sparsity", sparsity, SPARSITY)
     checked_choice("tactics", tactics, TACTICS)
     if any(b < 1 for b in batch):
         raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")

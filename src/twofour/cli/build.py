@@ -29,7 +29,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.argument("onnx", type=options.PATH)
 @click.option("-o", "--out", type=options.PATH, required=True, help="The plan file.")
 @click.option("--batch", default="", metavar="N,N,…", help="Batch sizes to tune for; any by default.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or bf16.")
+@click.option("--precision", help="fp32 on the CPU; fp16, the default there, or bf16 on a GPU.")
 @click.option("--sparsity", default="auto", show_default=True, help="auto, off or force.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--tactics", default="all", show_default=True, help="GPU: all, or ours for a plan that needs only the driver.")
@@ -42,7 +42,7 @@ def command(
     onnx: Path,
     out: Path,
     batch: str,
-    precision: str,
+    precision: str | None,
     sparsity: str,
     device: str,
     tactics: str,
@@ -55,9 +55,14 @@ def command(
     from twofour.cli.console import make_console, say
     from twofour.cli.steps import Steps
     from twofour.errors import InputError
-    from twofour.files import refuse_same
+    from twofour.files import refuse_same, require_writable
 
-    refuse_same(out, onnx)
+    written = [path for path in (out, report, timing_cache) if path is not None]
+    for path in written:
+        refuse_same(path, onnx)
+        require_writable(path)
+    if len({path.resolve() for path in written}) < len(written):
+        raise InputError(f"build: the plan {str(out)!r}, --report and --timing-cache are files of their own, expected different names")
     if report is not None and not device.startswith("cuda"):
         raise InputError("build: --report shows what was timed on a GPU, expected --device cuda; leave it out")
     console = make_console()

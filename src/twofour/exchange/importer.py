@@ -15,6 +15,7 @@ from twofour.exchange.support import NO_OPERATOR, why_unsupported
 
 logger = logging.getLogger(__name__)
 SHAPE_OF_INPUT = frozenset({"GroupNormalization", "RMSNormalization", "Swish", "HardSwish", "Mish", "Gelu", "Celu"})
+LARGEST_BATCH = 2**31 - 1
 OLDEST_OPSET, NEWEST_OPSET = 13, 24
 FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 # Folds a graph's constants and returns whether anything changed; the builder gives its own, so that shapes that are computed become known.
@@ -153,8 +154,8 @@ def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fall
 
 def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
     """Return `model`, changed in place, as `import_graph` does; `where` names it in errors."""
-    if batch < 1:
-        raise InputError(f"import: batch is {batch}, expected at least 1")
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise InputError(f"import: batch is {batch}, expected 1 to {LARGEST_BATCH}")
     check_opset(model, where)
     if model.functions:
         common.InlinePass()(model)
