@@ -7,10 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphs import kinds, small
+from lowered_run import check_footprints, run_lowered
 
 from twofour.builder import passes
 from twofour.builder.evaluate import evaluate, largest_difference, random_inputs
 from twofour.builder.graph import attribute, constant_of
+from twofour.builder.lower import lower
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import program_of
 from twofour.errors import InputError, UnsupportedError, VerificationError
@@ -440,6 +442,56 @@ def test_long_sums_become_a_chain() -> None:
     )
     assert applied(passes.Elementwise(), model)
     assert kinds(model).count("Pointwise") == 8
+
+
+HEADS = "float[2,3,4,20] q, float[2,3,{keys},20] k, float[2,3,{keys},20] v"
+
+
+@pytest.mark.parametrize(
+    ("keys", "body"),
+    [
+        (5, "t = Transpose <perm=[0,1,3,2]> (k) a = Mul(q, s) c = MatMul(a, t) d = Softmax(c) y = MatMul(d, v)"),
+        (5, "y = Attention <scale=0.6> (q, k, v)"),
+        (4, "y = Attention <is_causal=1> (q, k, v)"),
+    ],
+)
+def test_heads_that_no_library_takes_are_computed_by_parts(keys: int, body: str) -> None:
+    # MobileViT has heads of 20 features, DaViT's channel attention as many as there are pixels.
+    model = small(HEADS.format(keys=keys), body, opset=23, s=f(0.6))
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    assert {call.family for call in lowered.calls} & {"attention", "matmul"} == {"matmul"}
+    assert largest_difference(wanted, run_lowered(lowered, feeds)) <= FOLDED
+
+
+def test_a_reshape_of_a_view_with_gaps_stays_behind_the_program() -> None:
+    # The relative positions of BoTNet: a part of padded rows, spread, added, reshaped, and added to the scores.
+    body = "a = Slice(x, b, e, k) c = Relu(a) d = Reshape(c, s) y = Add(d, z)"
+    model = small("float[2,4,9] x, float[2,16] z", body, b=i(2), e=i(6), k=i(2), s=i(2, 16))
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    assert largest_difference(wanted, run_lowered(lowered, feeds)) <= 1e-11
+
+
+@pytest.mark.parametrize(("first", "pitch"), [(8, 32), (10, None), (12, 32), (14, None)])
+def test_a_slice_of_channels_is_convolved_where_it_lies_if_that_is_aligned(first: int, pitch: int | None) -> None:
+    # InceptionNeXt splits 40 channels into four times 10.
+    body = f"e = Conv(x, v) a, b, c = Split <axis=1> (e, n) y = Conv <group={first}> (b, w)"
+    model = small("float[2,8,5,6] x", body, v=normal(32, 8, 1, 1), n=i(32 - 2 * first, first, first), w=normal(first, 1, 1, 2))
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    check_footprints(lowered)
+    assert [call.problem.x_pitch for call in lowered.calls if call.family == "conv"][-1] == pitch
+    assert largest_difference(wanted, run_lowered(lowered, feeds)) <= FOLDED
+
+
+def test_an_image_that_shrinks_to_nothing_is_refused() -> None:
+    model = small("float[2,4,9,1] x", "y = Conv <pads=[2,2,2,2], strides=[4,4]> (x, w)", w=normal(8, 4, 7, 7))
+    with pytest.raises(InputError, match="use a larger image"):
+        lower(passes.prepare(model, "fp16"), 2, "fp16")
 
 
 def test_leftovers_are_all_named() -> None:

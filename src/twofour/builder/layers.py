@@ -11,6 +11,7 @@ from twofour.builder.graph import Array, attribute, is_fused, shape_of
 from twofour.builder.passes.materialise import pitch_of
 from twofour.builder.passes.programs import program_of
 from twofour.builder.storage import DTYPES, Place, Storage, part
+from twofour.errors import InputError
 from twofour.kernels.attention import contract as attention
 from twofour.kernels.conv import contract as conv
 from twofour.kernels.gemm import contract as gemm
@@ -27,6 +28,8 @@ Call = tuple[ir.Node, str, Any, dict[str, str], str]
 
 def pitch(place: Place, least: int) -> int | None:
     """Return the elements from item to item of the last axis, None where they follow each other."""
+    if 0 in place.shape:
+        raise InputError(f"an image of {list(place.shape)} pixels and channels is empty; use a larger image")
     found = pitch_of(place.shape, place.strides)
     assert found is not None, f"{place} has no single pitch"
     return None if found == least else found

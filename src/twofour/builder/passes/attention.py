@@ -2,11 +2,14 @@
 
 from math import sqrt
 
+import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import attribute, is_op, make_node, nodes_of, only_use, producer, replace, scalar_of, shape_of
+from twofour.builder.graph import add_constant, attribute, is_op, make_node, nodes_of, only_use, producer, replace, scalar_of, shape_of
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.linear import permuted, reshaped
+from twofour.kernels.attention.contract import Problem
+from twofour.kernels.attention.cudnn import why_not
 
 
 class Attentions(Rewrite):
@@ -16,7 +19,8 @@ class Attentions(Rewrite):
        product becomes the scale; dynamo writes the square root of the scale on both q and k^T.
     2. The operator Attention of opset 23 without mask or cache, in its 4-D and 3-D forms.
 
-    A mask or bias between product and softmax, or a second reader of the scores, keeps the parts as they are.
+    A mask or bias between product and softmax, a second reader of the scores, or heads that no library computes in one step keep the
+    parts as they are; the operator becomes them.
     """
 
     def rewrite(self, graph: ir.Graph) -> int:
@@ -47,7 +51,7 @@ class Attentions(Rewrite):
         shapes = [shape_of(value) for value in (q, k, v)]
         if scale <= 0 or any(len(shape) != rank or shape[:-2] != shapes[0][:-2] for shape in shapes):
             return False
-        if shapes[2][-1] != shapes[0][-1]:
+        if shapes[2][-1] != shapes[0][-1] or not in_one_step(shapes[0][-1]):
             return False
         turned = [0, 1, 3, 2] if rank == 4 else [0, 2, 1]
         out = self._make(graph, node, q, permuted(graph, node, k, turned), v, scale, causal=False)
@@ -68,7 +72,8 @@ class Attentions(Rewrite):
         if shape_of(k)[1] != shape_of(q)[1] or shape_of(v)[-1] != shape_of(q)[-1] or attribute(node, "softcap", 0.0):
             return False
         scale = attribute(node, "scale") or 1 / sqrt(shape_of(q)[-1])
-        out = self._make(graph, node, q, k, v, float(scale), causal=bool(attribute(node, "is_causal", 0)))
+        make = self._make if in_one_step(shape_of(q)[-1]) else self._spelled
+        out = make(graph, node, q, k, v, float(scale), causal=bool(attribute(node, "is_causal", 0)))
         if flat:
             out = reshaped(graph, node, permuted(graph, node, out, [0, 2, 1, 3]), shape_of(node.outputs[0]))
         replace(graph, node.outputs[0], out)
@@ -83,6 +88,26 @@ class Attentions(Rewrite):
         out = make_node(graph, node, "Attention", [q, k, v], shape_of(q), {"scale": scale, "causal": int(causal)}, like=node)
         out = permuted(graph, node, out, [0, 2, 1, 3])
         return reshaped(graph, node, out, (shape_of(out)[0], *shape_of(out)[2:])) if flat else out
+
+    def _spelled(self, graph: ir.Graph, node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value, scale: float, *, causal: bool) -> ir.Value:
+        """Return attention of q, k, v `[batch, heads, tokens, head]` by its parts."""
+
+        def step(kind: str, inputs: list[ir.Value | None], shape: tuple[int, ...]) -> ir.Value:
+            return make_node(graph, node, kind, inputs, shape, {"axis": -1} if kind == "Softmax" else {}, domain="", like=node)
+
+        shape = (*shape_of(q)[:3], shape_of(k)[2])
+        # The scale comes first: unscaled scores may be too large for fp16.
+        q = step("Mul", [q, add_constant(graph, np.array(scale, np.float32), "scale")], shape_of(q))
+        scores = step("MatMul", [q, permuted(graph, node, k, [0, 1, 3, 2])], shape)
+        if causal:
+            later = np.triu(np.full(shape[2:], -np.inf, np.float32), 1)
+            scores = step("Add", [scores, add_constant(graph, later, "later")], shape)
+        return step("MatMul", [step("Softmax", [scores], shape), v], shape_of(q))
+
+
+def in_one_step(head: int) -> bool:
+    """Whether a library computes attention of heads of that many features."""
+    return why_not(Problem(1, 1, 1, 1, head, 1.0)) is None
 
 
 def unscaled(value: ir.Value) -> tuple[float, ir.Value]:

@@ -4,10 +4,9 @@ import onnx_ir as ir
 
 from twofour.builder.graph import attribute, constant_of, is_fused, nodes_of, producer, set_attribute, shape_of
 from twofour.builder.passes.infra import Rewrite
-from twofour.builder.passes.materialise import pitch_of
+from twofour.builder.passes.materialise import ALIGNED, pitch_of
 from twofour.builder.strided import row_major
 
-ALIGNED = 8  # elements of 16 bits that library kernels want slices and pitches to be multiples of
 ANY_PLACE = ("Pointwise", "Copy", "Concat", "Pad")
 PITCHED = (*ANY_PLACE, "Conv", "Pool", "Resize", "Reduce")
 

@@ -9,6 +9,8 @@ import onnx_ir as ir
 from twofour.builder.graph import add_constant, constant_of, make_node, shape_of
 from twofour.builder.strided import Strided, coalesced, is_whole, row_major, size_of
 
+ALIGNED = 8  # elements of 16 bits that library kernels want slices and pitches to be multiples of
+
 
 def same_place(shape: Sequence[int], strides: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two strides address alike, axes of size 1 aside."""
@@ -66,13 +68,14 @@ class Materialiser:
             return self.view(before, view, *flat)
         return self.copy(before, view)
 
-    def pitched(self, before: ir.Node, view: Strided) -> ir.Value:
+    def pitched(self, before: ir.Node, view: Strided, multiple: int = 1) -> ir.Value:
         """Return a value whose last axis lies without gaps and whose items have one distance: as it is, or a copy.
 
-        That is what the channels of a slice of an image are.
+        That is what the channels of a slice of an image are. Where it begins and the distance are multiples of `multiple` elements.
         """
         flat = view.flat()
-        if flat is not None and pitch_of(*flat) is not None and not is_whole(view):
+        pitch = None if flat is None else pitch_of(*flat)
+        if flat is not None and pitch is not None and not is_whole(view) and view.offset % multiple == 0 and pitch % multiple == 0:
             return self.view(before, view, *flat)
         return self.contiguous(before, view)
 

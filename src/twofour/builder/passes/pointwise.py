@@ -19,7 +19,7 @@ class FusePointwise(Rewrite):
     1. Of the same shape: any program, as long as inputs and instructions fit.
     2. Of a smaller shape that is spread over the reader's: up to `MOST_REPEATED` instructions, computed again where they are used (the
        gate of a squeeze-excite block).
-    3. A reshape between the two is moved in front of the first, where all its inputs have the shape of its output.
+    3. A reshape between the two is moved in front of the first, where all its inputs have the shape of its output and lie without gaps.
     """
 
     def rewrite(self, graph: ir.Graph) -> int:
@@ -61,7 +61,7 @@ class FusePointwise(Rewrite):
         same = elements(value) == elements(view.outputs[0]) and attributes.get_int("offset") == 0
         if not same or tuple(attributes.get_ints("strides") or ()) != row_major(shape) or not only_pointwise(view.outputs[0]):
             return False
-        if any(source is None or shape_of(source) != shape_of(value) for source in before.inputs):
+        if any(source is None or shape_of(source) != shape_of(value) or is_strided(source) for source in before.inputs):
             return False
         seen = []
         for source in before.inputs:
@@ -75,6 +75,12 @@ class FusePointwise(Rewrite):
         replace(graph, view.outputs[0], new)
         graph.remove([view, before], safe=True)
         return True
+
+
+def is_strided(value: ir.Value) -> bool:
+    """Whether a value is a view whose elements do not follow each other."""
+    node = producer(value)
+    return is_fused(node, "View") and node is not None and tuple(node.attributes.get_ints("strides") or ()) != row_major(shape_of(value))
 
 
 def only_pointwise(value: ir.Value) -> bool:

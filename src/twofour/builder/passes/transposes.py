@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from twofour.builder.graph import attribute, attributes_of, constant_of, is_op, make_node, nodes_of, replace, shape_of
 from twofour.builder.passes.infra import Rewrite, require_static
-from twofour.builder.passes.materialise import Materialiser, repeated, total
+from twofour.builder.passes.materialise import ALIGNED, Materialiser, repeated, total
 from twofour.builder.passes.viewing import VIEWS, view_of
 from twofour.builder.strided import Order, Strided, arranged, is_whole, memory_order, row_major
 from twofour.errors import UnsupportedError
@@ -232,7 +232,7 @@ class _Sinking:
         return self.make.view(node, Strided.whole(value), shape, row_major(shape))
 
     def _image(self, node: ir.Node) -> None:
-        x = self.make.pitched(node, self.see(node.inputs[0]))
+        x = self.make.pitched(node, self.see(node.inputs[0]), ALIGNED if node.op_type == "Conv" else 1)
         self._emit(node, node.op_type, [x, *node.inputs[1:]], Order.logical(shape_of(node.outputs[0])))
 
     def _attention(self, node: ir.Node) -> None:
