@@ -57,15 +57,16 @@ def run_pool(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]
 
 
 def run_reduce(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
-    """Reduce over axes that lie side by side, kept with size 1 (mean, sum, max, l2), or along them (softmax, layernorm, rmsnorm)."""
+    """Reduce over axes, kept with size 1 (mean, sum, max, l2), or along them (softmax, layernorm, rmsnorm)."""
     x, kind, axes = wide(needed(inputs, 0)), attributes["kind"], sorted(int(a) % needed(inputs, 0).ndim for a in attributes["axes"])
-    if axes != list(range(axes[0], axes[-1] + 1)):
-        raise InputError(f"oracle: Reduce over the axes {axes}, expected neighbours")
-    length = int(np.prod([x.shape[a] for a in axes]))
+    beside = list(range(axes[0], axes[0] + len(axes)))
+    x = np.moveaxis(x, axes, beside)
+    length = int(np.prod([x.shape[a] for a in beside]))
     lines = x.reshape(int(np.prod(x.shape[: axes[0]])), length, -1)
     vectors = [None if v is None else v.reshape(-1) for v in (given(inputs, 1), given(inputs, 2))]
     y = reduce_family.reduce(lines, kind, float(attributes["eps"]), *vectors)
-    return [y.reshape(x.shape if kind in ALONG else [1 if a in axes else n for a, n in enumerate(x.shape)])]
+    y = y.reshape(x.shape if kind in ALONG else [1 if a in beside else n for a, n in enumerate(x.shape)])
+    return [np.moveaxis(y, beside, axes)]
 
 
 def run_attention(inputs: Inputs, attributes: Attributes, _count: int) -> list[Array]:
