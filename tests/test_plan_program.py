@@ -127,6 +127,8 @@ DAMAGES = [
     (lambda h: h["programs"][1]["steps"][1]["problem"]["program"].append(["relu", ["t", 3]]), r"expected \('in', i below 2\)"),
     (lambda h: h["programs"][1]["steps"][1]["problem"].update(out_strides=[1, 1, 1]), "write a place twice"),
     (lambda h: h["programs"][1]["steps"][1]["problem"].update(shape=[2**31 - 1] * 3, out_strides=[2**40] * 3), "expected at most"),
+    (lambda h: h["programs"][0]["steps"].clear(), "program of batch 1: no step writes output 0"),
+    (lambda h: h["programs"][1]["steps"].pop(), "program of batch 4: no step writes output 0"),
     (lambda h: h.update(kernels=[1]), "kernels is no object of strings"),
     (lambda h: h.update(device="cpu"), "the backend 'cuda' does not run fp16 on the device 'cpu'"),
     (lambda h: h.update(precision="fp32"), "does not run fp32"),

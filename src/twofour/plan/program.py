@@ -165,7 +165,16 @@ def read_program(data: Any, around: Surroundings) -> Program:
     if arena_bytes > -(-used // ALIGN) * ALIGN:
         raise InputError(f"{where}: arena_bytes is {arena_bytes}, its values end at {used}")
     steps = tuple(_read_step(step, f"{where}: step {i}", values, around) for i, step in enumerate(data["steps"]))
+    written = {index for step in steps for index in _outputs_of(step, values)}
+    if lost := sorted(set(range(len(around.outputs))) - written):
+        raise InputError(f"{where}: no step writes output {lost[0]}")
     return Program(batch, arena_bytes, workspace_bytes, values, steps)
+
+
+def _outputs_of(step: Step, values: Mapping[str, Value]) -> set[int]:
+    """Return the numbers of the plan's outputs that a step writes."""
+    written = (values[step.operands[name]] for name, touched in step_footprints(step, values).items() if touched.writes)
+    return {value.index for value in written if value.where == "output" and value.index is not None}
 
 
 def _whole(value: Any, least: int, most: int, where: str) -> int:
