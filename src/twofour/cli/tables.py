@@ -106,10 +106,10 @@ def print_estimates(estimates: Sequence[Estimate], console: Console) -> None:
         console,
         f"On an H200, of {dense.n} whole networks: a dense pass is off by {dense}, a 2:4 one by {sparse}, what 2:4 buys by {gain}.",
     )
-    if left_out := [layer.name for layer in estimates[0].layers if layer.family == "fallback"]:
-        say(console, f"Not in these times: {', '.join(left_out)}, which ONNX Runtime would compute on the CPU.")
     for kind, error in H200_ERROR.items():
         say(console, f"There, of {error.n} matrix products, {kind}: off by {error}. Other GPUs are assumed to reach the same shares.")
+    if left_out := [layer.name for layer in estimates[0].layers if layer.family == "fallback"]:
+        say(console, f"Not in these times: {', '.join(left_out)}, which ONNX Runtime would compute on the CPU.")
 
 
 def print_gains(pairs: Sequence[tuple[BuildRecord, BuildRecord]], console: Console) -> None:
