@@ -16,7 +16,7 @@ from resume_worker import RECIPE, SmallNet, run, small_task
 from torch import Tensor, nn
 
 import twofour
-from twofour.compress import Compression, compress
+from twofour.compress import Compression, compress, folder
 from twofour.compress.events import EpochFinished, EpochsRestored, Event
 from twofour.errors import InputError, TrainingError
 from twofour.report import Report
@@ -169,6 +169,17 @@ def test_a_stopped_run_is_not_overwritten_by_accident_and_files_cut_short_are_cl
     (out / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"holds another run: it has no readable run\.json"):
         run(out)
+
+
+def test_what_a_killed_writer_of_safetensors_leaves_is_cleared_from_a_run_and_refused_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / ".tmpjmEtmC").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"holds files that no run of twofour wrote \(\.tmpjmEtmC …\)"):
+        folder.prepare(tmp_path, {}, resume=True)
+    (tmp_path / folder.MARK).touch()
+    (tmp_path / folder.ARGUMENTS).write_text(json.dumps({"arguments": {}}))
+    assert folder.prepare(tmp_path, {}, resume=True) == "unfinished"
+    with folder.only_run_in(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [folder.LOCK, folder.MARK, folder.ARGUMENTS]
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

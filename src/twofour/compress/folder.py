@@ -16,8 +16,8 @@ MARK, LOCK, ARGUMENTS, STATE = "log.txt", ".lock", "run.json", "state"
 # The last is written last: a folder that holds it holds a finished run.
 OUTPUTS = ("dense.safetensors", "sparse.safetensors", "dense.onnx", "sparse.onnx", "model.plan", "report.json", "report.html")
 LAST_GOOD = "last-good.safetensors"
-# What a process that was killed may have left: see `written_aside`.
-ASIDE = re.compile(r"\.\d+\.(.+)")
+# What a killed process may have left: see `written_aside`; and what safetensors writes before it renames, whatever its name will be.
+ASIDE, NAMELESS = re.compile(r"\.\d+\.(.+)"), re.compile(r"\.tmp[A-Za-z0-9]{6}")
 Standing = Literal["new", "unfinished", "finished"]
 
 
@@ -38,6 +38,8 @@ def prepare(path: Path, arguments: Mapping[str, Any], *, overwrite: bool = False
         if path.exists() and not path.is_dir():
             raise InputError(f"output {str(path)!r} is a file, expected a folder; name another --out")
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        if MARK in held:
+            held = [name for name in held if not NAMELESS.fullmatch(name)]
         if foreign := [name for name in held if _foreign(name)]:
             raise InputError(f"output folder {str(path)!r} holds files that no run of twofour wrote ({foreign[0]} …); name another --out")
         standing = _standing(path, [name for name in held if name not in (MARK, LOCK)], arguments, overwrite, resume)
@@ -99,7 +101,7 @@ def clear_asides(path: Path) -> None:
     """Remove half-written files of a process that was killed."""
     for folder in (path, path / STATE):
         for file in folder.iterdir() if folder.is_dir() else ():
-            if ASIDE.fullmatch(file.name):
+            if ASIDE.fullmatch(file.name) or NAMELESS.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
 
