@@ -42,7 +42,13 @@ from twofour.pruning import reestimate_batchnorm
 from twofour.pruning.methods import METHODS
 from twofour.sources.torchvision_compat import import_torchvision
 
-NETWORKS = {"ResNet-20": "resnet20-12fca82f.th", "MiniLM-L6": "model.fp16.safetensors", "ResNet-56": "resnet56-4bfd9763.th"}
+NETWORKS = {
+    "ResNet-20": "resnet20-12fca82f.th",
+    "ResNet-32": "resnet32-d509ac18.th",
+    "ResNet-44": "resnet44-014dd654.th",
+    "ResNet-56": "resnet56-4bfd9763.th",
+    "MiniLM-L6": "model.fp16.safetensors",
+}
 CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
 SEARCH_SECONDS = 20.0
 SENTENCES = 1024
