@@ -5,12 +5,13 @@ Source: results/*/accuracy*.json.
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from pages import filled
 
 from twofour.files import write_text
 
@@ -280,16 +281,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
-def filled(name: str, page: str) -> str:
-    """Return the text of a page of docs/ with each table between its markers."""
-    for table_name, make in TABLES[name].items():
-        table = make()
-        pattern = rf"(<!-- {table_name} table -->\n).*?(<!-- /{table_name} table -->)"
-        page, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
-        assert count == 1, f"docs/{name} has {count} places for the {table_name} table"
-    return page
-
-
 def draw(path: Path) -> None:
     """Draw every measured difference as a dot with its interval, its floor as a tick."""
     found = measured(recorded())
@@ -317,4 +308,4 @@ if __name__ == "__main__":
     draw(PLOT)
     for page_name in TABLES:
         page_path = ROOT / "docs" / page_name
-        write_text(page_path, filled(page_name, page_path.read_text(encoding="utf-8")))
+        write_text(page_path, filled(page_path.read_text(encoding="utf-8"), TABLES[page_name]))

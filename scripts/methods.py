@@ -1,11 +1,12 @@
 """Writes the tables of docs/methods.md from results/cpu/methods.json and both blocks-memory.json: `python scripts/methods.py`."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pages import filled
 
 from twofour.files import write_text
 
@@ -160,15 +161,5 @@ def origin(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {"methods": methods_tables, "memory": memory_table}
 
 
-def filled(page: str) -> str:
-    """Return the page's text with each table between its markers."""
-    for name, make in TABLES.items():
-        table = make()
-        pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
-        page, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
-        assert count == 1, f"docs/methods.md has {count} places for the {name} table"
-    return page
-
-
 if __name__ == "__main__":
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), TABLES))

@@ -1,12 +1,13 @@
 """Writes the tables of docs/permutation.md from results/cpu: `python scripts/permutation.py`."""
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from pages import filled
 
 from twofour.files import write_text
 
@@ -91,19 +92,9 @@ def _mean(values: list[float]) -> str:
 TABLES: dict[str, Callable[[], str]] = {"search": search_table, "gains": gains_table, "one-shot": oneshot_table, "networks": networks_line}
 
 
-def filled(page: str) -> str:
-    """Return the page's text with each table between its markers."""
-    for name, make in TABLES.items():
-        table = make()
-        pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
-        page, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
-        assert count == 1, f"docs/permutation.md has {count} places for the {name} table"
-    return page
-
-
 def main() -> None:
     """Write the tables."""
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), TABLES))
 
 
 if __name__ == "__main__":

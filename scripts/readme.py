@@ -4,12 +4,13 @@ With a report it first records its accuracy in results/cpu/accuracy-demo.json. R
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
+
+from pages import filled
 
 from twofour.files import write_text
 from twofour.kernels.launchable import sources_digests
@@ -100,16 +101,6 @@ def engine_page_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
 PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table}
-
-
-def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
-    """Return a page's text with each table between its markers."""
-    for name, make in tables.items():
-        table = make()
-        pattern = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
-        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
-        assert count == 1, f"the page has {count} places for the {name} table"
-    return text
 
 
 def main() -> None:
