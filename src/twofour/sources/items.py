@@ -1,6 +1,6 @@
 """What the items of a data set are, and what of them is seen without loading one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,18 @@ def _held(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor] | None:
     return None
 
 
-def held_targets(dataset: Dataset[Any]) -> Tensor | None:
-    """Return the targets `[items, …]` of a data set that holds them in memory (or a subset of one), None for any other."""
+def _of_held(dataset: Dataset[Any], read: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Tensor | None:
+    """Return what `read` gives, an entry an item, of inputs and targets held in memory (or of a subset of them), None for any other."""
     if type(dataset) is Subset:
-        whole = held_targets(dataset.dataset)
+        whole = _of_held(dataset.dataset, read)
         return None if whole is None else whole[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     held = _held(dataset)
-    return None if held is None else held[1]
+    return None if held is None else read(*held)
+
+
+def held_targets(dataset: Dataset[Any]) -> Tensor | None:
+    """Return the targets `[items, …]` of a data set that holds them in memory (or a subset of one), None for any other."""
+    return _of_held(dataset, lambda _, targets: targets)
 
 
 def has_infinite(inputs: Sequence[Tensor]) -> Tensor:
@@ -82,8 +87,4 @@ def has_infinite(inputs: Sequence[Tensor]) -> Tensor:
 
 def held_infinite(dataset: Dataset[Any]) -> Tensor | None:
     """Return `has_infinite` of a data set that holds its inputs in memory (or a subset of one), None for any other."""
-    if type(dataset) is Subset:
-        whole = held_infinite(dataset.dataset)
-        return None if whole is None else whole[torch.as_tensor(dataset.indices, dtype=torch.int64)]
-    held = _held(dataset)
-    return None if held is None else has_infinite(held[0])
+    return _of_held(dataset, lambda inputs, _: has_infinite(inputs))
