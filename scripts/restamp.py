@@ -24,14 +24,13 @@ from twofour.kernels.gemm.source import source, sources_digest
 SRC = Path(__file__).parents[1] / "src"
 
 
-def kernels_of(row: dict[str, Any]) -> list[tuple[bool, int, int, int]]:
-    """Return (sparse, tile rows, tile tokens, stages) of our kernels in a row, from the names of its tactics."""
+def kernels_of(row: dict[str, Any]) -> list[tuple[bool, str]]:
+    """Return (sparse, tile) of our kernels in a row, from the names of its tactics."""
     found = []
     for name in row["tactics"].values():
         if name is not None and name.startswith("twofour:"):
             form, tile = name.removeprefix("twofour:").removesuffix(":split").rsplit(":", 1)
-            rows, tokens, stages = map(int, tile.split("x"))
-            found.append((form == "2:4", rows, tokens, stages))
+            found.append((form == "2:4", tile))
     return found
 
 
@@ -49,10 +48,13 @@ def code_of(built: Compiled) -> str:
 def codes(cases: list[list[Any]]) -> dict[str, str]:
     """Return the digest of each case's code, compiled from the sources that are imported here."""
     found = {}
-    for dtype, sparse, rows, tokens, stages in cases:
+    for dtype, sparse, tile in cases:
         problem = Problem(128, 128, 128, dtype=dtype, out_dtype=dtype, sparse=sparse)
-        built = compile_source(source(problem, Config("tuned", rows, tokens, stages)))
-        found[json.dumps([dtype, sparse, rows, tokens, stages])] = code_of(built)
+        rows, tokens, stages, *buffers = map(int, tile.split("x"))
+        # Sources older than the choice of buffers know one.
+        choice = {"buffers": buffers[0]} if buffers else {}
+        built = compile_source(source(problem, Config("tuned", rows, tokens, stages, **choice)))
+        found[json.dumps([dtype, sparse, tile])] = code_of(built)
     return found
 
 

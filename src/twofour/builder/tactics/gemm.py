@@ -40,7 +40,7 @@ class Tactic:
         if self.config is None:
             return f"{self.library}:{self.algorithm}" if self.library == "cublaslt" else self.library
         c = self.config
-        return f"twofour:{'2:4' if self.sparse else 'dense'}:{c.tile_rows}x{c.tile_tokens}x{c.stages}{':split' if c.split else ''}"
+        return f"twofour:{'2:4' if self.sparse else 'dense'}:{c.tile}{':split' if c.split else ''}"
 
 
 def why_not(problem: Problem, tactic: Tactic) -> str | None:

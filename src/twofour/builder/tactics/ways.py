@@ -55,7 +55,7 @@ class Way:
         c = self.config
         if self.family == "gemm" and c is not None:
             form = "2:4" if self.is_sparse else "dense"
-            return f"{OURS} {form} {c.tile_rows}x{c.tile_tokens}x{c.stages}{' split' if c.split else ''}"
+            return f"{OURS} {form} {c.tile}{' split' if c.split else ''}"
         if c is not None:
             return f"{OURS} {self.family} " + " ".join(str(value) for value in vars(c).values())
         if self.library != "cudnn":

@@ -113,6 +113,7 @@ class Config:
         tile_tokens: tokens of a tile, one of `TILE_TOKENS`.
         stages: depth of the ring in shared memory.
         split: whether tiles too few for the GPU are cut along the inputs; partial sums are added in a fixed order, so results repeat.
+        buffers: for outputs of 16 bits on their way out: one, which the warpgroups share, or one for each; with a residual always two.
     """
 
     kernel: str = "tuned"
@@ -120,6 +121,13 @@ class Config:
     tile_tokens: int = 192
     stages: int = 4
     split: bool = True
+    buffers: int = 1
+
+    @property
+    def tile(self) -> str:
+        """Tile rows, tile tokens and stages, and buffers where there are two, as they are printed: 256x128x4x2."""
+        numbers = (self.tile_rows, self.tile_tokens, self.stages) + (self.buffers,) * (self.buffers > 1)
+        return "x".join(map(str, numbers))
 
 
 @dataclass(frozen=True)
@@ -156,11 +164,17 @@ def stage_bytes(config: Config, sparse: bool) -> int:
     return config.tile_tokens * BLOCK_K * 2 + config.tile_rows // BLOCK_ROWS * block_bytes(sparse)
 
 
+def staging_buffers(problem: Problem, config: Config) -> int:
+    """Return how many buffers the staged outputs have."""
+    return 2 if loads_residual(problem, config) else config.buffers
+
+
 def staging_bytes(problem: Problem, config: Config) -> int:
-    """Return the bytes in which 16-bit outputs wait for the copy engine: half a tile of D; none for fp32, stored from registers."""
+    """Return the bytes in which 16-bit outputs wait for the copy engine, half a tile of D a buffer; none for fp32, stored from registers."""
     if problem.out_dtype == "fp32":
         return 0
-    return config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
+    half = config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
+    return half * staging_buffers(problem, config)
 
 
 def loads_residual(problem: Problem, config: Config) -> bool:
@@ -207,6 +221,10 @@ def why_not(problem: Problem, config: Config) -> str | None:
     most = most_tokens(problem.epilogue, problem.out_dtype)
     if config.tile_rows == 256 and config.tile_tokens > most:
         return f"this epilogue leaves registers for {most} tokens of a 256-row tile, not {config.tile_tokens}"
+    if config.buffers not in (1, 2):
+        return f"{config.buffers} buffers for staged outputs, expected one or two"
+    if config.buffers == 2 and problem.out_dtype == "fp32":
+        return "outputs of fp32 are not staged, expected one buffer"
     if config.stages < 3:
         return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
     needed = smem_bytes(problem, config)
@@ -215,9 +233,9 @@ def why_not(problem: Problem, config: Config) -> str | None:
     return None
 
 
-def most_stages(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
+def most_stages(problem: Problem, tile_rows: int, tile_tokens: int, buffers: int = 1) -> int:
     """Return the deepest ring of at most `MAX_STAGES` that fits; deeper ones were slower once the power limit holds the clock."""
-    config = Config(tile_rows=tile_rows, tile_tokens=tile_tokens, stages=0)
+    config = Config(tile_rows=tile_rows, tile_tokens=tile_tokens, stages=0, buffers=buffers)
     return min(MAX_STAGES, (SMEM_BYTES - smem_bytes(problem, config)) // stage_bytes(config, problem.sparse))
 
 

@@ -7,12 +7,13 @@
 
 namespace twofour {
 
-template <int kTileRows_, int kTileTokens_, int kStages_, int kChunks_, bool kSparse_, bool kBf16_>
+template <int kTileRows_, int kTileTokens_, int kStages_, int kChunks_, int kBuffers_, bool kSparse_, bool kBf16_>
 struct TileChoice {
     static constexpr int kTileRows = kTileRows_;
     static constexpr int kTileTokens = kTileTokens_;
     static constexpr int kStages = kStages_;
     static constexpr int kChunks = kChunks_;  // in which a warpgroup's staged outputs leave
+    static constexpr int kBuffers = kBuffers_;  // for staged outputs
     static constexpr bool kSparse = kSparse_;
     static constexpr bool kBf16 = kBf16_;
 
@@ -176,27 +177,27 @@ __device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup,
     }
 }
 
-// How outputs of 16 bits leave: the warpgroups take turns to write one staging buffer, and a warp of its own hands it to the copy engine in
-// chunks while the next tile is multiplied. Taking turns keeps the warpgroups apart, so that one multiplies while the other stages.
+// How outputs of 16 bits leave: they are staged in shared memory, and a warp of its own hands them to the copy engine in chunks while the next
+// tile is multiplied. With one buffer the warpgroups take turns, which keeps them apart, so that one multiplies while the other stages. With
+// two each has a buffer and a warp that stores it: nobody waits at the end of a block's only tile, and where a residual is added, that of the
+// next tile arrives there while it is multiplied.
 // NOTE: stored straight from registers, all thread blocks wait for the L2 at the same moment: 2.8 us a tile on the H200, 7 % at 4096 inputs.
 template <class T, class E>
 struct Staging {
     static constexpr bool kUsed = E::kOutput != Output::kFp32;
+    static constexpr bool kLoads = kUsed && E::kResidual;
+    static constexpr bool kOwn = kUsed && T::kBuffers == 2;
     static constexpr int kBoxes = E::kGated ? 1 : 2;  // of 64 outputs
     static constexpr int kBoxBytes = T::kWarpgroupTokens * 128;
-    static constexpr int kBytes = kUsed ? kBoxes * kBoxBytes : 0;
+    static constexpr int kBufferBytes = kBoxes * kBoxBytes;
+    static constexpr int kBytes = kUsed ? T::kBuffers * kBufferBytes : 0;
     static constexpr int kChunkTokens = T::kWarpgroupTokens / T::kChunks;
     static constexpr int kChunkBytes = kChunkTokens * 128;
-    static constexpr bool kLoads = kUsed && E::kResidual;  // the residual, to where the outputs will lie
+    static_assert(kOwn || !kLoads, "a residual arrives in a buffer that its warpgroup owns");
 
     uint32 buffer;  // shared addresses
-    uint32 filled;
-    uint32 free;  // two barriers: it is the first, the second warpgroup's turn; its residual is there
-
-    // Boxes of a turn's first `outputs` rows and one chunk of tokens that begin inside D.
-    __device__ static __forceinline__ int boxes(const GemmParams& p, int output) {
-        return (output < p.outputs) + (kBoxes == 2 && output + 64 < p.outputs);
-    }
+    uint32 filled;  // one barrier a buffer
+    uint32 free;    // two barriers: it is the first, the second warpgroup's turn; its residual is there
 };
 
 // First row and token of a warpgroup's part of a tile.
@@ -248,56 +249,52 @@ __device__ __forceinline__ bool next_stored(WorkList& work, const GemmParams& p,
     return false;
 }
 
-// The same where a residual is added: as each chunk of a turn has left, the next turn's residual takes its place.
+// The same for a warpgroup that owns its buffer. Where a residual is added, that of the next tile takes the place of each chunk that has left.
+// NOTE: a buffer is given with the arrival, not with the bytes: there may be none to wait for while what lay there is still leaving.
 template <class T, class E>
-__device__ __forceinline__ void exchange_staged_tiles(const GemmParams& p, const TensorMap* residual, const Staging<T, E>& staging) {
+__device__ __forceinline__ void store_own_tiles(const GemmParams& p, const TensorMap* residual, const Staging<T, E>& staging, int warpgroup) {
     using S = Staging<T, E>;
-    const auto expect = [&](const Corner<T>& corner, int warpgroup) {
-        const int chunks = min(T::kChunks, max(0, (p.tokens - corner.token + S::kChunkTokens - 1) / S::kChunkTokens));
-        // NOTE: boxes wholly outside D are not asked for
-        barrier_arrive_expecting(staging.free + 8 * warpgroup, chunks * S::boxes(p, corner.row) * S::kChunkBytes);
-    };
-    const auto load = [&](const Corner<T>& corner, int warpgroup, int c) {
+    const uint32 buffer = staging.buffer + warpgroup * S::kBufferBytes, free = staging.free + 8 * warpgroup;
+    const auto load = [&](const Corner<T>& corner, int c) {
         const int token = corner.token + c * S::kChunkTokens;
-        const uint32 chunk = staging.buffer + c * S::kChunkBytes, loaded = staging.free + 8 * warpgroup;
-        if (token >= p.tokens) return;
-        if (corner.row < p.outputs) copy_box(chunk, residual, corner.row, token, loaded);
-        if (corner.row + 64 < p.outputs) copy_box(chunk + S::kBoxBytes, residual, corner.row + 64, token, loaded);
+        // Boxes wholly outside D are not asked for.
+        if (token >= p.tokens || corner.row >= p.outputs) return;
+        const bool both = corner.row + 64 < p.outputs;
+        barrier_expect(free, both ? 2 * S::kChunkBytes : S::kChunkBytes);
+        copy_box(buffer + c * S::kChunkBytes, residual, corner.row, token, free);
+        if (both) copy_box(buffer + S::kBoxBytes + c * S::kChunkBytes, residual, corner.row + 64, token, free);
     };
     WorkList work(p);
     Unit unit;
-    if (!next_stored(work, p, unit)) return;
-    int tile = unit.tile, warpgroup = 0;
-    {
-        const Corner<T> corner(p, tile, 0);
-        expect(corner, 0);
+    bool more = next_stored(work, p, unit);
+    if (S::kLoads && more) {
+        const Corner<T> corner(p, unit.tile, warpgroup);
 #pragma unroll 1
-        for (int c = 0; c < T::kChunks; ++c) load(corner, 0, c);
+        for (int c = 0; c < T::kChunks; ++c) load(corner, c);
+        barrier_arrive(free);
     }
     uint32 parity = 0;
-    bool more = true;
-#pragma unroll 1
     while (more) {
-        const Corner<T> corner(p, tile, warpgroup);
-        if (warpgroup == 1) {
-            more = next_stored(work, p, unit);
-            tile = unit.tile;
-        }
-        warpgroup ^= 1;
-        const Corner<T> following(p, tile, warpgroup);
-        barrier_wait(staging.filled, parity);
+        const Corner<T> corner(p, unit.tile, warpgroup);
+        const int output = E::kGated ? corner.row / 2 : corner.row;
+        more = next_stored(work, p, unit);
+        const Corner<T> following(p, unit.tile, warpgroup);
+        barrier_wait(staging.filled + 8 * warpgroup, parity);
         parity ^= 1;
-        if (more) expect(following, warpgroup);
 #pragma unroll 1
         for (int c = 0; c < T::kChunks; ++c) {
-            const uint32 chunk = staging.buffer + c * S::kChunkBytes;
+            const uint32 chunk = buffer + c * S::kChunkBytes;
             const int token = corner.token + c * S::kChunkTokens;
-            if (corner.row < p.outputs) store_box(&p.d_map, chunk, corner.row, token);
-            if (corner.row + 64 < p.outputs) store_box(&p.d_map, chunk + S::kBoxBytes, corner.row + 64, token);
+            if (output < p.outputs) store_box(&p.d_map, chunk, output, token);
+            if (S::kBoxes == 2 && output + 64 < p.outputs) store_box(&p.d_map, chunk + S::kBoxBytes, output + 64, token);
             store_commit();
-            store_wait_read<0>();
-            if (more) load(following, warpgroup, c);
+            if constexpr (S::kLoads) {
+                store_wait_read<0>();
+                if (more) load(following, c);
+            }
         }
+        store_wait_read<0>();
+        if (more) barrier_arrive(free);
     }
 }
 
@@ -325,14 +322,15 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
     if constexpr (S::kUsed) {
         // A token is one swizzled row of 128 bytes in a box; two warps share a box, all four when gated.
         const int byte = E::kGated ? warp * 32 + g * 4 : warp % 2 * 64 + g * 8;
+        const uint32 buffer = staging.buffer + (S::kOwn ? warpgroup * S::kBufferBytes : 0);
         uint32 at[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            at[e] = staging.buffer + (E::kGated ? 0 : warp / 2 * S::kBoxBytes) + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
+            at[e] = buffer + (E::kGated ? 0 : warp / 2 * S::kBoxBytes) + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
         }
-        // Before its first turn the first warpgroup finds the buffer free; the second waits for the first's to have left. With a residual both
-        // wait for theirs.
-        barrier_wait(staging.free + 8 * warpgroup, S::kLoads ? turn : turn ^ warpgroup ^ 1);
+        // Before its first turn a warpgroup finds its own buffer free, the first the common one; the second waits for the first's to have left.
+        // Residuals are waited for.
+        barrier_wait(staging.free + 8 * warpgroup, S::kLoads ? turn : S::kOwn ? turn ^ 1 : turn ^ warpgroup ^ 1);
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
             // NOTE: a point the compiler schedules nothing across; without it, loads and functions of many tokens overlap and registers spill
@@ -341,7 +339,7 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
             Finished<E>(constants, place, four_rows<T>(sums, i).sums).store_staged(place);
         }
         fence_shared_for_copies();
-        barrier_arrive(staging.filled);
+        barrier_arrive(staging.filled + (S::kOwn ? 8 * warpgroup : 0));
     } else {
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
@@ -381,7 +379,7 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap*
     ring.full = staging.buffer + Staging<T, E>::kBytes;
     ring.empty = ring.full + 8 * T::kStages;
     staging.filled = ring.empty + 8 * T::kStages;
-    staging.free = staging.filled + 8;
+    staging.free = staging.filled + 8 * T::kBuffers;
     if (threadIdx.x == 0) {
         prefetch_map(&p.x);
         if constexpr (Staging<T, E>::kUsed) prefetch_map(&p.d_map);
@@ -390,7 +388,7 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap*
             barrier_init(ring.full + 8 * i, 1);
             barrier_init(ring.empty + 8 * i, 2 * kWarpgroup / 32);
         }
-        barrier_init(staging.filled, kWarpgroup);
+        for (int i = 0; i < T::kBuffers; ++i) barrier_init(staging.filled + 8 * i, kWarpgroup);
         barrier_init(staging.free, 1);
         barrier_init(staging.free + 8, 1);
         barrier_init_fence();
@@ -402,9 +400,11 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap*
     if (warpgroup == 2) {
         give_registers<kLoads ? 40 : 24>();
         if (threadIdx.x == 2 * kWarpgroup) produce<T>(p, ring);
-        if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) {
-            if constexpr (kLoads) exchange_staged_tiles<T, E>(p, residual, staging);
-            else store_staged_tiles<T, E>(p, staging);
+        if constexpr (Staging<T, E>::kOwn) {
+            if (threadIdx.x == 2 * kWarpgroup + 32) store_own_tiles<T, E>(p, residual, staging, 0);
+            if (threadIdx.x == 2 * kWarpgroup + 64) store_own_tiles<T, E>(p, residual, staging, 1);
+        } else if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) {
+            store_staged_tiles<T, E>(p, staging);
         }
     } else {
         take_registers<kLoads ? 232 : 240>();

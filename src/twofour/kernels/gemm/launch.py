@@ -63,6 +63,7 @@ class Gemm:
         self.plan = derive(problem, self.config, sms)
         handle = kernel(source(problem, self.config), device, self.plan.smem_bytes, cache_folder, cubin)
         self._sizes = pack_sizes(problem, self.plan)
+        overlap = overlap and self.config.kernel == "tuned"  # the others do not wait for the grid before them
         self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, self.plan.smem_bytes, overlap=overlap)
         tuned, config = self.config.kernel == "tuned", self.config
         self._x_box = config.tile_tokens if tuned else 64

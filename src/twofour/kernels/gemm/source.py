@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from twofour.jit.source import Source, digest, flatten
-from twofour.kernels.gemm.contract import Config, Problem, loads_residual, store_chunks
+from twofour.kernels.gemm.contract import Config, Problem, loads_residual, staging_buffers, store_chunks
 
 FOLDER = Path(__file__).parent
 INCLUDE = FOLDER.parent / "include"
@@ -24,7 +24,8 @@ def source(problem: Problem, config: Config) -> Source:
     sparse, bf16 = _flag(problem.sparse), _flag(problem.dtype == "bf16")
     params, arguments = "GemmParams", "params"
     if config.kernel == "tuned":
-        tile = f"TileChoice<{config.tile_rows}, {config.tile_tokens}, {config.stages}, {store_chunks(config)}, {sparse}, {bf16}>"
+        numbers = (config.tile_rows, config.tile_tokens, config.stages, store_chunks(config), staging_buffers(problem, config))
+        tile = f"TileChoice<{', '.join(map(str, numbers))}, {sparse}, {bf16}>"
         header, threads, call = "gemm_tuned_16bit_sm90.cuh", 384, f"gemm_tuned<{tile}, {epilogue}>"
         if loads_residual(problem, config):
             params, arguments = "ResidualGemmParams", "params, &params.residual_map"

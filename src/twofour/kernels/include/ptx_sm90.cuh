@@ -23,6 +23,11 @@ __device__ __forceinline__ void barrier_init(uint32 barrier, uint32 arrivals) {
 // 9.7.13.4 fence.mbarrier_init: the async proxy sees initialised barriers
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// 9.7.13.15.11 mbarrier.expect_tx: the current phase waits for that many bytes more
+__device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // 9.7.13.15.13 mbarrier.arrive
 __device__ __forceinline__ void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
