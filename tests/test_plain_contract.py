@@ -3,6 +3,7 @@
 import itertools
 import struct
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twofour.errors import InputError
-from twofour.kernels import attention, conv, matmul, pointwise, pool, reduce
+from twofour.kernels import attention, conv, families, matmul, pointwise, pool, reduce
 from twofour.kernels.loading import divisor
 from twofour.kernels.operands import vector_elems
 from twofour.kernels.pointwise.contract import ARITY, MAX_AXES, MAX_INPUTS, TILE, collapse, footprints, span
@@ -321,3 +322,13 @@ def test_nearest_pixels_are_the_oracles() -> None:
         y = oracle_pool.resize(x, 25, 4, "nearest", coordinate, rounding)
         rows, columns = ([nearest_pixel(p, axis, i) for i in range(n)] for axis, n in ((0, 25), (1, 4)))
         assert np.array_equal(y, x[:, rows][:, :, columns])
+
+
+@pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.launcher is not None])
+def test_every_kernel_waits_for_the_grid_before_it(name: str) -> None:
+    # Engines launch our kernels while the one before drains; one that did not wait would read what is not written yet.
+    launcher = families.FAMILIES[name].launcher
+    assert launcher is not None
+    folder = Path(families.__file__).parent / launcher[0]
+    texts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cuh"))
+    assert "wait_for_earlier_grid();" in texts

@@ -26,13 +26,18 @@ class Launchable(Protocol):
         ...
 
 
+# NOTE: our kernels wait for the grid before them on their own (griddepcontrol.wait) and so may be launched while it drains; in a chain of short
+# steps that hides a part of each launch. A library's kernels start when what came before has ended.
+_OVERLAP = True
+
+
 class _Plain:
     """A step of a plain family."""
 
     workspace_bytes = 0
 
     def __init__(self, family: str, problem: Any, config: Any, device: int, cubin: bytes | None) -> None:
-        self._step = _part_of(family, "launch")(problem, config, device=device, cubin=cubin)
+        self._step = _part_of(family, "launch")(problem, config, device=device, overlap=_OVERLAP, cubin=cubin)
 
     def __call__(self, operands: Mapping[str, int], workspace: int, stream: int) -> None:
         self._step.on(operands, stream)
@@ -44,7 +49,7 @@ class _Product:
     def __init__(self, problem: Any, config: Any, device: int, cubin: bytes | None) -> None:
         from twofour.kernels.gemm.launch import Gemm
 
-        self._call = Gemm(problem, config, device=device, cubin=cubin)
+        self._call = Gemm(problem, config, device=device, overlap=_OVERLAP, cubin=cubin)
         self.workspace_bytes: int = self._call.workspace_bytes
 
     def __call__(self, operands: Mapping[str, int], workspace: int, stream: int) -> None:

@@ -30,6 +30,7 @@ __device__ __forceinline__ void patches(const PatchesParams& p) {
     const I row_stride = static_cast<I>(p.row_stride), column_stride = static_cast<I>(p.column_stride);
     const I channel_stride = static_cast<I>(p.channel_stride), image_stride = static_cast<I>(p.image_stride);
     const int64 step = static_cast<int64>(gridDim.x) * blockDim.x;
+    wait_for_earlier_grid();
     for (int64 g = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x; g < p.groups; g += step) {
         const I group = static_cast<I>(g);
         const I pixel = group / kGroups;
@@ -60,6 +61,7 @@ __device__ __forceinline__ void patches(const PatchesParams& p) {
         out.set(values);
         out.store(p.y, g * kVector);
     }
+    let_next_grid_start();
 }
 
 }  // namespace twofour
