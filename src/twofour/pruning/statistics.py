@@ -57,12 +57,14 @@ class Statistics:
         if self.hessian is None:
             self.squares += x.square().sum(0, dtype=torch.float64)
             return
-        if self.hessian.dtype == x.dtype:
-            self.hessian.addmm_(x.T, x)
-            summed = self.rows
-        else:
-            self.hessian += x.T @ x
-            summed = x.shape[0]
+        # A forward under autocast would multiply in its half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.hessian.dtype == x.dtype:
+                self.hessian.addmm_(x.T, x)
+                summed = self.rows
+            else:
+                self.hessian += x.T @ x
+                summed = x.shape[0]
         self.rounding = max(self.rounding, rounding_of(summed, x.dtype))
         self.squares.copy_(self.hessian.diagonal())
 
