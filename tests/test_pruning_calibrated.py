@@ -338,3 +338,13 @@ def test_autocast_around_the_call_or_inside_the_model_changes_no_sum(name: str) 
         prune(model, (x[:2],), method=name, calibration=[x], permute=False)
     assert torch.equal(around[0].weight, plain[0].weight)
     assert torch.equal(inside[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_batch_without_items_does_not_count(name: str) -> None:
+    models = [small().eval(), small().eval()]
+    for model, given in zip(models, ([*batches(), images(16)[:0]], batches()), strict=True):
+        prune(model, (images(),), method=name, calibration=given, reestimate=False, permute=False)
+    assert digest(models[0]) == digest(models[1])
+    with pytest.raises(InputError, match=r"calibration never reaches layer '3\.weight', expected batches that use it"):
+        prune(small().eval(), (images(),), method=name, calibration=[images(16)[:0]], permute=False)

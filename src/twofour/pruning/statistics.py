@@ -133,7 +133,7 @@ def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[T
     """Give the input of a convolution as matrices `[items · output pixels, positions · in]`, columns in the order of `flatten`."""
     x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
     # As many output pixels as input pixels at most, unless the padding is large; the limit is a guide, not a bound.
-    per_item = x[0].numel() * int(torch.Size(module.kernel_size).numel())
+    per_item = x.shape[1:].numel() * int(torch.Size(module.kernel_size).numel())
     for items in torch.split(x, max(1, UNFOLDED_ELEMS // max(per_item, 1))):
         yield torch.cat([tap.movedim(1, -1).reshape(-1, x.shape[1]) for tap in taps(module, items)], 1)
 
