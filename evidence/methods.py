@@ -215,8 +215,8 @@ def measure_all(
     known = {Key.of(row) for row in done}
     left = [key for key in keys if key not in known]
     place = {key: k for k, key in enumerate(wanted(list(NETWORKS), True, True))}
-    # The deepest network first, and of it the retrainings: the longest rows should not be the last to begin.
-    left.sort(key=lambda key: (key.net != "ResNet-56", key.net != "MiniLM-L6", key.seed is None))
+    # The longest rows should not be the last to begin: the networks from the end, and of each what is retrained, then what is reordered.
+    left.sort(key=lambda key: (-list(NETWORKS).index(key.net), key.seed is None, not key.permuted))
     failed = []
     with ThreadPoolExecutor(jobs) as threads:
         futures = {threads.submit(apart, measured, folder, key, device): key for key in left}

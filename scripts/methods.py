@@ -1,7 +1,8 @@
-"""Writes the tables of docs/methods.md from results/cpu/methods.json and both blocks-memory.json: `python scripts/methods.py`."""
+"""Writes the tables and the advice of docs/methods.md from the results of methods and of blocks-memory: `python scripts/methods.py`."""
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ METHODS = ROOT / "results" / "cpu" / "methods.json"
 MEMORY = ROOT / "results" / "cpu" / "blocks-memory.json"
 GPU_MEMORY = ROOT / "results" / "nvidia-h200" / "blocks-memory.json"
 REESTIMATED = "2:4 one-shot, batch-norm re-estimated"
+# The methods that leave the kept values as they are.
+KEEPING = ("magnitude", "wanda", "ria", "sparsegpt-mask")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -158,7 +161,58 @@ def origin(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:
     return f"{measured}; {seven['sequences']} of {seven['tokens']:,} for 7B. GPU: {parts[0]}. CPU: {parts[1]}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"methods": methods_tables, "memory": memory_table}
+def one_shot(recorded: dict[str, Any], permuted: bool = False) -> dict[str, dict[tuple[str, str], float]]:
+    """Return, for every network with batch-norm measured in this order of channels, (method, variant) -> metric; the dense one is ""."""
+    rows = [row for row in recorded["rows"] if row["seed"] is None and row["permuted"] == permuted]
+    nets = dict.fromkeys(row["net"] for row in rows if row["variant"] == REESTIMATED)
+    return {net: {(row["method"], row["variant"]): row["value"] for row in rows if row["net"] == net} for net in nets}
+
+
+def retrained(recorded: dict[str, Any], net: str, method: str) -> list[float]:
+    """Return the metric after the short retraining, one a seed."""
+    return [row["value"] for row in recorded["rows"] if row["seed"] is not None and row["net"] == net and row["method"] == method]
+
+
+def gained(values: dict[tuple[str, str], float], method: str) -> float:
+    """Return by how much re-estimated batch-norm is better."""
+    return values[method, REESTIMATED] - values[method, "2:4 one-shot"]
+
+
+def listed(parts: list[str]) -> str:
+    """Return "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def advice() -> str:
+    """Return which method to use when. What it claims of the numbers, a test holds against every row."""
+    recorded = read(METHODS)
+    plain = one_shot(recorded)
+    trained = dict.fromkeys(row["net"] for row in recorded["rows"] if row["seed"] is not None)
+    means = {net: [statistics.mean(retrained(recorded, net, method)) for method in ("sparsegpt", "magnitude")] for net in trained}
+    above = [f"{after - other:.1f} points in {net}" for net, (after, other) in means.items()]
+    kept = [f"{values['alps', '2:4 one-shot']:.2f} of {values['', 'dense']:.2f} in {net}" for net, values in plain.items()]
+    points = {net: [gained(values, method) for method in KEEPING] for net, values in plain.items()}
+    gains = [f"{min(some):.0f} to {max(some):.0f} points in {net}" for net, some in points.items()]
+    losses = [f"{-gained(values, 'sparsegpt'):.1f} and {-gained(values, 'alps'):.1f} in {net}" for net, values in plain.items()]
+    paragraphs = [
+        "**You will retrain in full** (the whole training again with the mask held): `magnitude`. It needs no data, and retraining makes "
+        "up for the mask. **You will retrain briefly**: `sparsegpt`, which in the last table ended above `magnitude` by "
+        f"{listed(above)}.",
+        "**You will not retrain**: `alps`, which has the smallest output error and in plain order lost least above: without any training "
+        f"it keeps {listed(kept)}. `sparsegpt` where an eigendecomposition of every layer's XᵀX and up to 300 iterations take too long.",
+        "**Batch-norm** gains from being re-estimated after `magnitude`, `wanda`, `ria` and `sparsegpt-mask`: in plain order "
+        f"{listed(gains)}. After `sparsegpt` and `alps` it takes points away, {listed(losses)}, and reordered alike: their weights already "
+        "give what the old statistics describe, and 2,000 images give poorer ones. `prune` does what helps by default; "
+        "`reestimate=True` measures it on your network.",
+        "**Memory or time is short, or weights must keep their values** (adapters, a merge with other checkpoints): `wanda` or `ria`. "
+        "They need one number per input instead of a matrix, and take little more than a pass over the data.",
+    ]
+    return "\n".join(
+        textwrap.fill(f"- {text}", 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for text in paragraphs
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"methods": methods_tables, "memory": memory_table, "advice": advice}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """docs/methods.md: its tables are those of the results, it names every method, and so does the command's help."""
 
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from script_loader import load_script
 
 from twofour.cli import options
+from twofour.pruning.batch_norm import UPDATING
 from twofour.pruning.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -44,14 +46,27 @@ def test_every_method_was_measured_on_every_network(script: ModuleType) -> None:
         assert {row["method"] for row in rows if row["net"] == net and not row["permuted"]} == {"", *METHODS}
 
 
-def test_what_the_text_says_of_batch_norm_is_what_was_measured(script: ModuleType) -> None:
-    rows = [row for row in script.read(script.METHODS)["rows"] if not row["permuted"] and row["seed"] is None]
-    values = {(row["net"], row["method"], row["variant"]): f"{row['value']:.2f}" for row in rows}
-    text = " ".join(PAGE.partition("## Which to use when")[2].split())
-    for net in ("ResNet-20", "ResNet-56"):
-        pairs = [f"{values[net, m, '2:4 one-shot']} → {values[net, m, script.REESTIMATED]}" for m in ("sparsegpt", "alps")]
-        assert f"in {net} ({', '.join(pairs)})" in text
-        assert f"{net} {'keeps ' if net == 'ResNet-20' else ''}{values[net, 'alps', '2:4 one-shot']} of {values[net, '', 'dense']}" in text
+@pytest.mark.parametrize("permuted", [False, True])
+def test_what_the_advice_says_of_batch_norm_is_what_was_measured(script: ModuleType, permuted: bool) -> None:
+    assert set(script.KEEPING) == METHODS.keys() - UPDATING
+    measured = script.one_shot(script.read(script.METHODS), permuted)
+    assert {"ResNet-20", "ResNet-56"} <= measured.keys()
+    for net, values in measured.items():
+        for method in METHODS:
+            assert (script.gained(values, method) > 0) == (method in script.KEEPING), (net, method)
+
+
+def test_what_the_advice_says_without_training_and_after_a_little_is_what_was_measured(script: ModuleType) -> None:
+    recorded = script.read(script.METHODS)
+    rows = [row for row in recorded["rows"] if row["seed"] is None and row["variant"] == "2:4 one-shot" and not row["permuted"]]
+    for net in {row["net"] for row in rows}:
+        own = {row["method"]: row for row in rows if row["net"] == net}
+        assert max(own, key=lambda method: own[method]["value"]) == "alps", net
+        errors = {method: row["mean_output_error"] for method, row in own.items() if row["mean_output_error"] is not None}
+        assert min(errors, key=lambda method: errors[method]) == "alps", net
+    for net in {row["net"] for row in recorded["rows"] if row["seed"] is not None}:
+        sparsegpt, magnitude = (statistics.mean(script.retrained(recorded, net, method)) for method in ("sparsegpt", "magnitude"))
+        assert sparsegpt > magnitude, net
 
 
 def test_cpu_seconds_name_the_machines_of_the_rows_they_come_from(script: ModuleType) -> None:

@@ -319,3 +319,32 @@ def test_a_singular_hessian_is_told_in_the_record() -> None:
     model = perceptron(64)
     record = prune(model, (torch.ones(2, 64),), method="sparsegpt", calibration=[torch.randn(40, 64)], permute=False)
     assert "0.weight: Hessian singular (40 rows for 64 columns), damped by 1 % of its mean diagonal" in record.notes
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps"])
+def test_autocast_around_the_call_or_inside_the_model_changes_no_sum(name: str) -> None:
+    """Of the first layer, whose input is float32 either way."""
+
+    class Casting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    x = torch.randn(128, 16, generator=torch.Generator().manual_seed(0))
+    around, plain, inside = perceptron(), perceptron(), Casting(*perceptron())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prune(around, (x[:2],), method=name, calibration=[x], permute=False)
+    for model in (plain, inside):
+        prune(model, (x[:2],), method=name, calibration=[x], permute=False)
+    assert torch.equal(around[0].weight, plain[0].weight)
+    assert torch.equal(inside[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_batch_without_items_does_not_count(name: str) -> None:
+    models = [small().eval(), small().eval()]
+    for model, given in zip(models, ([*batches(), images(16)[:0]], batches()), strict=True):
+        prune(model, (images(),), method=name, calibration=given, reestimate=False, permute=False)
+    assert digest(models[0]) == digest(models[1])
+    with pytest.raises(InputError, match=r"calibration never reaches layer '3\.weight', expected batches that use it"):
+        prune(small().eval(), (images(),), method=name, calibration=[images(16)[:0]], permute=False)

@@ -1,6 +1,7 @@
 """Each method against its paper's definition, written out directly in float64; the order of the layers' output errors; statistics."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from twofour.pattern import Pattern, count_groups
 from twofour.pruning import prune
 from twofour.pruning.methods import METHODS
 from twofour.pruning.methods.alps import solve_on
-from twofour.pruning.methods.hessian import damped, inverse_factor, output_errors
+from twofour.pruning.methods.hessian import damped, inverse_factor, output_errors, why_singular
 from twofour.pruning.methods.method import Choice, choose
 from twofour.pruning.statistics import Part, Statistics, flatten, gather, unflatten
 
@@ -232,6 +233,79 @@ def test_a_singular_hessian_is_damped_and_said_so() -> None:
     choice = decided("sparsegpt", weight, x)
     assert choice.notes == ("Hessian singular (1 of 64 inputs are always zero), damped by 1 % of its mean diagonal",)
     assert decided("sparsegpt", weight, correlated(256, 64, 0)).notes == ()
+
+
+COMBINED = "some inputs are linear combinations of others to within rounding"
+DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeated": lambda x: x[:, 9],
+    "repeated at another scale": lambda x: -3.7e-3 * x[:, 9],
+    "sum of two": lambda x: x[:, 9] + x[:, 60],
+    "mean of all": lambda x: x[:, [k for k in range(64) if k != 30]].mean(1),
+}
+# (format of the inputs, format of the sums)
+PRECISIONS = [(torch.float64, torch.float64), (torch.float32, torch.float64), (torch.float32, torch.float32)]
+
+
+def summed(x: Tensor, sums: torch.dtype, rows: int) -> Statistics:
+    columns = x.shape[1]
+    statistics = Statistics(0, x.new_zeros(columns, dtype=torch.float64), x.new_zeros(columns, columns, dtype=sums))
+    for part in x.split(rows):
+        statistics.add(part)
+    return statistics
+
+
+def rescaled(x: Tensor, seed: int) -> Tensor:
+    """Channels that differ a millionfold."""
+    random = torch.Generator().manual_seed(seed)
+    return x * torch.logspace(-3, 3, x.shape[1], dtype=torch.float64)[torch.randperm(x.shape[1], generator=random)]
+
+
+@pytest.mark.parametrize(("dtype", "sums"), PRECISIONS)
+@pytest.mark.parametrize("how", DEPENDENT)
+def test_inputs_that_are_combinations_of_others_are_said(how: str, dtype: torch.dtype, sums: torch.dtype) -> None:
+    for seed, rows, scale in itertools.product(range(4), (512, 100), (rescaled, lambda x, _: x)):
+        x = scale(correlated(512, 64, seed), seed).to(dtype)
+        x[:, 30] = DEPENDENT[how](x)
+        assert why_singular(summed(x, sums, rows)) == COMBINED, (seed, rows)
+
+
+@pytest.mark.parametrize(("dtype", "sums"), PRECISIONS)
+def test_nothing_is_said_of_inputs_that_rounding_leaves_apart(dtype: torch.dtype, sums: torch.dtype) -> None:
+    """Random widths, rows and batches; XᵀX of a condition up to about 1,000, then channels that differ a millionfold."""
+    for seed in range(60):
+        random = torch.Generator().manual_seed(seed)
+        columns = int(torch.randint(4, 130, (), generator=random))
+        rows = columns * int(torch.randint(4, 20, (), generator=random))
+        turn = torch.linalg.qr(torch.randn(columns, columns, generator=random, dtype=torch.float64)).Q
+        x = torch.randn(rows, columns, generator=random, dtype=torch.float64) * torch.logspace(0, -1, columns, dtype=torch.float64) @ turn
+        x = x.relu() if seed % 3 == 0 else x
+        x = rescaled(x, seed) if seed % 2 else x
+        assert why_singular(summed(x.to(dtype), sums, 37 if seed % 4 == 0 else rows)) == "", seed
+
+
+@pytest.mark.parametrize(("dtype", "sums"), PRECISIONS)
+def test_what_damping_hides_is_no_combination(dtype: torch.dtype, sums: torch.dtype) -> None:
+    """An input of which 0.1 % differs from another, ten times less than the damping and a hundred times more than rounding."""
+    for seed in range(4):
+        x = correlated(512, 64, seed)
+        noise = torch.randn(512, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x[:, 30] = x[:, 9] + 1e-3**0.5 * x[:, 9].std() * noise
+        assert why_singular(summed(x.to(dtype), sums, 512)) == "", seed
+
+
+@pytest.mark.parametrize("name", HESSIAN)
+def test_what_is_said_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = problem(columns=64)
+    x[:, 30] = x[:, 9]
+    state = torch.get_rng_state()
+    said = decided(name, weight, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert said.notes == (f"Hessian singular ({COMBINED}), damped by 1 % of its mean diagonal",)
+    monkeypatch.setattr("twofour.pruning.methods.hessian.has_dependent_inputs", lambda statistics: False)
+    silent = decided(name, weight, x)
+    assert silent.notes == ()
+    assert torch.equal(said.mask, silent.mask)
+    assert torch.equal(result(said, weight), result(silent, weight))
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

@@ -1,16 +1,16 @@
-"""The pruning methods on a GPU: the masks of the CPU but for near ties, as good an output, and a transformer block by block."""
+"""The pruning methods on a GPU: the CPU's masks but for near ties, as good an output, the same notes; and a transformer block by block."""
 
 import copy
 
 import pytest
 import torch
 from test_pruning_blocks import MAKERS, made
-from test_pruning_methods import problem, result, statistics_of
+from test_pruning_methods import COMBINED, DEPENDENT, PRECISIONS, correlated, problem, rescaled, result, statistics_of, summed
 
 from twofour.pattern import Pattern, count_groups
 from twofour.pruning import prune, prune_blocks
 from twofour.pruning.methods import METHODS
-from twofour.pruning.methods.hessian import output_errors
+from twofour.pruning.methods.hessian import output_errors, why_singular
 from twofour.pruning.methods.method import choose
 from twofour.pruning.statistics import Part
 
@@ -29,6 +29,18 @@ def test_the_choice_on_the_gpu_is_that_of_the_cpu(name: str) -> None:
     assert float((choice.mask.cpu() == expected.mask).float().mean()) > 0.98
     error, other = (output_errors(weight, result(c, w).cpu(), here)[0] for c, w in ((choice, weight.cuda()), (expected, weight)))
     assert error == pytest.approx(other, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "sums"), PRECISIONS)
+@pytest.mark.parametrize("rows", [4096, 100])
+def test_the_gpu_says_the_same_of_singular_statistics(dtype: torch.dtype, sums: torch.dtype, rows: int) -> None:
+    for seed in range(4):
+        x = rescaled(correlated(4096, 64, seed), seed).to("cuda", dtype)
+        assert why_singular(summed(x, sums, rows)) == "", seed
+        for name, combine in DEPENDENT.items():
+            combined = x.clone()
+            combined[:, 30] = combine(x)
+            assert why_singular(summed(combined, sums, rows)) == COMBINED, (seed, name)
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps"])

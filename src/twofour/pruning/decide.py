@@ -135,7 +135,9 @@ def chosen(weight: Tensor, parts: list[Part], method: Method, pattern: Pattern, 
         InputError: as of `choose`, XᵀX that cannot be decomposed, or no memory.
     """
     try:
-        return choose(weight, parts, method, pattern)
+        # Under the caller's autocast the products would be of half precision.
+        with torch.autocast(weight.device.type, enabled=False):
+            return choose(weight, parts, method, pattern)
     except InputError as error:
         raise InputError(f"layer {name!r}: {error}") from error
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

@@ -36,11 +36,13 @@ class Statistics:
         rows: number of rows.
         squares: Σ x², `[columns]`, float64.
         hessian: XᵀX, `[columns, columns]`, float64 up to 4,096 columns, else float32; None where only squares were asked for.
+        rounding: how far an entry of `hessian` may be off, over the norms of its two columns: see `rounding_of`.
     """
 
     rows: int
     squares: Tensor
     hessian: Tensor | None = None
+    rounding: float = 0.0
 
     @classmethod
     def zero(cls, columns: int, device: torch.device, hessian: bool) -> "Statistics":
@@ -55,10 +57,15 @@ class Statistics:
         if self.hessian is None:
             self.squares += x.square().sum(0, dtype=torch.float64)
             return
-        if self.hessian.dtype == x.dtype:
-            self.hessian.addmm_(x.T, x)
-        else:
-            self.hessian += x.T @ x
+        # A forward under autocast would multiply in its half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.hessian.dtype == x.dtype:
+                self.hessian.addmm_(x.T, x)
+                summed = self.rows
+            else:
+                self.hessian += x.T @ x
+                summed = x.shape[0]
+        self.rounding = max(self.rounding, rounding_of(summed, x.dtype))
         self.squares.copy_(self.hessian.diagonal())
 
     def add_squares(self, squares: Tensor, rows: int) -> None:
@@ -72,7 +79,19 @@ class Statistics:
 
     def clone(self) -> "Statistics":
         """Return a copy that shares nothing."""
-        return Statistics(self.rows, self.squares.clone(), None if self.hessian is None else self.hessian.clone())
+        return Statistics(self.rows, self.squares.clone(), None if self.hessian is None else self.hessian.clone(), self.rounding)
+
+
+def rounding_of(terms: int, dtype: torch.dtype) -> float:
+    """Return √n · eps, what rounding leaves of a sum of n products in `dtype`, over the norms of both factors.
+
+    Rounded one after another to nearest, with eps/2 at most each time, n terms of one sign are off by √n · eps/6 in standard deviation,
+    so this is six of those; sums in blocks or of mixed signs are closer. The bound for certain, n · eps/2, is of no use: it is above 1 %
+    from 170,000 rows of float32 on.
+
+    Source: Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), section 2.
+    """
+    return float(terms**0.5 * torch.finfo(dtype).eps)
 
 
 @dataclass
@@ -114,7 +133,7 @@ def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[T
     """Give the input of a convolution as matrices `[items · output pixels, positions · in]`, columns in the order of `flatten`."""
     x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
     # As many output pixels as input pixels at most, unless the padding is large; the limit is a guide, not a bound.
-    per_item = x[0].numel() * int(torch.Size(module.kernel_size).numel())
+    per_item = x.shape[1:].numel() * int(torch.Size(module.kernel_size).numel())
     for items in torch.split(x, max(1, UNFOLDED_ELEMS // max(per_item, 1))):
         yield torch.cat([tap.movedim(1, -1).reshape(-1, x.shape[1]) for tap in taps(module, items)], 1)
 

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from twofour.errors import InputError
-from twofour.pruning.statistics import Statistics
+from twofour.pruning.statistics import Statistics, rounding_of
 
 # λ = 1 % of the mean diagonal. Source: Frantar and Alistarh 2023, arXiv 2301.00774, section 4 ("dampening").
 DAMPING = 0.01
 MOST_DAMPING = 1.0
+# Each shrinks what the vector holds of any other eigenvector by the smallest eigenvalue over that one's.
+INVERSE_ITERATIONS = 4
 
 
 def damped(statistics: Statistics, share: float = DAMPING) -> Tensor:
@@ -25,7 +27,32 @@ def why_singular(statistics: Statistics) -> str:
     columns, dead = statistics.squares.numel(), int((statistics.squares == 0).sum())
     if dead:
         return f"{dead} of {columns} inputs are always zero"
-    return f"{statistics.rows} rows for {columns} columns" if statistics.rows < columns else ""
+    if statistics.rows < columns:
+        return f"{statistics.rows} rows for {columns} columns"
+    return "some inputs are linear combinations of others to within rounding" if has_dependent_inputs(statistics) else ""
+
+
+def has_dependent_inputs(statistics: Statistics) -> bool:
+    """Whether rounding hides how far the smallest eigenvalue of R, XᵀX scaled to a diagonal of ones, is from zero; no input is all zero.
+
+    Where XᵀX has no Cholesky factor it is not even positive. Where it has one, inverse iteration gives 1/‖R⁻¹v‖, never below that
+    eigenvalue, to be held against what rounding does to vᵀRv in the sums and in the factor. Scaled, since rounding errs in proportion to
+    the norms of both inputs: a small input is not a repeated one. Undamped, since a pivot of the damped matrix, less λ, is about λ for an
+    input that repeats another and for one that differs from it by λ alike. The factor takes at most a sixth of the operations of XᵀX.
+    """
+    assert statistics.hessian is not None
+    hessian = statistics.hessian
+    # At most two matrices of the size of H live at once beside it.
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        return True
+    scale = hessian.diagonal().sqrt()[:, None]
+    vector = torch.randn(len(scale), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(scale)
+    length = vector.norm()
+    for _ in range(INVERSE_ITERATIONS):
+        vector = scale * torch.cholesky_solve(scale * (vector / length), factor)
+        length = vector.norm()
+    return bool(1 / length <= statistics.rounding + rounding_of(len(scale), hessian.dtype))
 
 
 def inverse_factor(statistics: Statistics) -> tuple[Tensor, tuple[str, ...]]:
