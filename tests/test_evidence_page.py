@@ -154,6 +154,7 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import accuracy_cifar
+    import arms
     import fleet
     import ledger
     import networks
@@ -177,6 +178,11 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
         "2",
     ]
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept"), "--minutes", "0"])
+    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 1; run the same command again to go on"):
+        accuracy_cifar.main()
+    data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
+    program = fleet.Program(Tiny(), compiled=False)
+    networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True)
     with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 2; run the same command again to go on"):
         accuracy_cifar.main()
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept")])
@@ -216,6 +222,49 @@ def test_the_arms_of_a_recipe_start_where_it_says(script: ModuleType) -> None:
     chosen = ablations.arms(recipe)
     assert [arm.method for arm in chosen["method"]] == ["magnitude", "wanda", "sparsegpt", "alps"]
     assert {arm.method for name in ("default", "permutation", "batch-norm", "length") for arm in chosen[name]} == {"", "ria"}
+
+
+def test_the_best_recipe_is_that_of_the_held_out_images(tmp_path: Path) -> None:
+    import accuracy_cifar
+    import fleet
+    import ledger
+
+    base, found = fleet.Recipe(epochs=7), tmp_path / "recipe.json"
+    with pytest.raises(SystemExit, match=r"recipe.json holds no 2:4 row judged on held-out images"):
+        accuracy_cifar.best_of(found, base)
+    rows = []
+    held_out, test = "CIFAR-10 held-out training images", "CIFAR-10 test"
+    for lr, variant, data, values in (
+        (0.1, "2:4", held_out, (90.0, 91.0)),
+        (0.2, "2:4, alps", held_out, (90.9, 90.5)),
+        (0.3, "2:4", held_out, (91.0, 90.0)),
+        (0.4, "2:4", test, (99.0, 99.0)),
+        (0.5, accuracy_cifar.CONTROL, held_out, (99.0, 99.0)),
+    ):
+        recipe = {"lr": lr, "distill": lr / 2, "method": "magnitude"}
+        rows += [{"variant": variant, "data": data, "seed": s, "recipe": recipe, "value": v} for s, v in enumerate(values)]
+    rows.append({"variant": "dense", "data": held_out, "seed": None, "recipe": None, "value": 99.0})
+    ledger.write(found, rows, "command")
+    assert accuracy_cifar.best_of(found, base) == fleet.Recipe(epochs=7, lr=0.2, distill=0.1, method="alps")
+
+
+def test_a_pruned_start_is_calculated_once_and_read_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import arms
+    import fleet
+
+    data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
+    torch.manual_seed(0)
+    model, arm = Tiny(), arms.Arm("2:4", fleet.Recipe(), "wanda")
+    expected, record = arms.pruned(model, arm, data.train)
+    first = arms.pruned_once(model, arm, data.train, tmp_path)
+    monkeypatch.setattr(arms, "pruned", None)
+    for found, again in (first, arms.pruned_once(model, arm, data.train, tmp_path)):
+        assert str(again) == str(record)
+        assert again.masks.keys() == record.masks.keys()
+        assert all(torch.equal(again.masks[name], mask) for name, mask in record.masks.items())
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
+    with pytest.raises(TypeError):  # another network's start is another
+        arms.pruned_once(Tiny(), arm, data.train, tmp_path)
 
 
 def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:
