@@ -16,6 +16,7 @@ import copy
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -191,6 +192,7 @@ class Steps:
     def __init__(self, model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, sparse: bool) -> None:
         device = task.example[0].device
         self.model, self.teacher, self.task, self.recipe, self.on_gpu = model.train(), teacher, task, recipe, device.type == "cuda"
+        self.captured = self.on_gpu and not os.environ.get("EAGER")
         decayed = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -241,7 +243,7 @@ class Steps:
         self.which.copy_(self.order[index])
         self.lr.copy_(self.rates[index])
         length = self.task.tokens["train"].length(self.batches[index])
-        if not self.on_gpu:
+        if not self.captured:
             self.step(length)
             return
         if length not in self.graphs:

@@ -58,6 +58,12 @@ JOBS = {
 }
 
 
+def attempt(command: list[str], environment: dict[str, str], started: float, minutes: float, least: float = 0.0) -> bool:
+    """Run a command for what is left of the minutes, if that is more than `least`; return whether it came to its end."""
+    left = minutes - (time.monotonic() - started) / 60
+    return left > least and subprocess.run([*command, "--minutes", f"{left:.2f}"], env=environment, check=False).returncode == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -82,16 +88,15 @@ def main() -> None:
     failed = []
     for name in a.only:
         job = JOBS[name]
-        left = a.minutes - (time.monotonic() - started) / 60
         command = [*job.command(a.folder, a.out, name, a.trial), "--gpus", str(a.gpus), "--kept", str(a.kept)]
         command += ["--per-gpu", "1"] * a.trial + a.extra.split()
         log.info("%s (%.0f GPU minutes expected): %s", name, job.minutes, " ".join(command[1:]))
         if a.list:
             continue
-        if left <= 0:
-            failed.append(name)
+        if attempt(command, environment, started, a.minutes):
             continue
-        if subprocess.run([*command, "--minutes", f"{left:.2f}"], env=environment, check=False).returncode:
+        # What failed before its time was up may work without our own kernels and without graphs of MiniLM's steps.
+        if not attempt(command, {**environment, "NARROW_CHOICES": "", "EAGER": "1"}, started, a.minutes, least=1.0):
             failed.append(name)
     if failed:
         raise SystemExit(f"not finished: {', '.join(failed)}; run the same command again to go on")
