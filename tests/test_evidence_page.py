@@ -40,18 +40,18 @@ def test_the_interval_is_student_s_t(script: ModuleType) -> None:
 
 
 def test_a_goal_is_reached_by_the_upper_end_of_a_narrow_interval(script: ModuleType) -> None:
-    goal = script.Goal("n", "d", floor=-0.5, aim=-0.1)
+    goal = script.Goal("n", "d", floor=-0.5, aim=-0.1, published=91.0, seeds=3)
     near = lambda mean: script.Paired(tuple(mean + d for d in (-0.05, 0.0, 0.05)))  # noqa: E731 - half-width 0.124
     assert near(0).half == pytest.approx(0.1242, abs=1e-4)
-    outcomes = [script.outcome(goal, near(mean)) for mean in (-0.63, -0.61, -0.21)]
-    assert outcomes == ["missed", "reached", "reached, and the aim"]
-    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5)))
-    assert "wider" in script.outcome(goal, script.Paired((0.0,)))
+    outcomes = [script.outcome(goal, near(mean), value) for mean, value in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
+    assert outcomes == ["missed", "reached", "reached, and the aim", "reached"]
+    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), 92)
+    assert script.outcome(goal, script.Paired((0.0, 0.0)), 92) == "open: 2 of 3 seeds"
 
 
-@pytest.mark.parametrize("name", ["evidence.md", "recipes.md"])
+@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/recipes.md", "README.md"])
 def test_the_pages_are_those_of_the_results(script: ModuleType, name: str) -> None:
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = (ROOT / name).read_text(encoding="utf-8")
     assert script.filled(page, script.TABLES[name]) == page, "run: python scripts/evidence.py"
 
 
@@ -77,6 +77,10 @@ def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_
         "| ResNet-20 (40 epochs, batch 512, lr 0.2) | CIFAR-10 test | 91.73 | 71.20 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | 2 |"
     )
     assert row in summary
+    short = script.short_table()
+    assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | open: 2 of 10 seeds |" in short
+    assert "| ResNet-56, CIFAR-10 test | – | – | – | – | not measured yet |" in short
+    assert len(short.splitlines()) == 6
     assert "Not measured yet: ResNet-20, 200 epochs (CIFAR-10 test); ResNet-32" in summary
     assert "| 2:4, wanda | 40 epochs, batch 512, lr 0.2 | – | 91.70 ± 0.28 | −0.15 ± 1.91 | +0.00 ± 1.27 | 2 |" in script.choices_table(
         "ablations"
