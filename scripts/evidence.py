@@ -329,7 +329,7 @@ def draw(path: Path) -> None:
             axes.plot([goal.floor], [at], marker="|", color="#c1121f", markersize=14, markeredgewidth=2)
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set_yticks(range(len(found)), [f"{name_of(goal)}, {goal.data}" for goal, *_ in found])
-        axes.invert_yaxis()
+        axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_xlabel("2:4 − dense with the same training, points; red: floor")
         axes.spines["right"].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None})
