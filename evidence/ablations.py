@@ -10,8 +10,10 @@ so that a recipe may be chosen from it. Every arm differs from the first in one 
 import argparse
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from accuracy_cifar import best_of
 from arms import CONTROL, Arm, Data, Experiment
 from fleet import OutOfTimeError, Recipe, leave_default_stream
 from ledger import Record, add_arguments, add_training_arguments, command_of, deadline, shared_over_gpus
@@ -46,10 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, seeds=5)
     parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=["ResNet-20"])
+    parser.add_argument("--searched", type=Path, help="as in accuracy_cifar.py")
     parser.add_argument("--only", nargs="+", choices=list(arms(Recipe())), help="these choices and the default")
     parser.add_argument("--method", choices=METHODS, default="magnitude", help="of pruning, where nothing else is said")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--distill", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
@@ -63,15 +66,20 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Data.of(a.folder, device, held_out=True, num_images=a.images)
     record = Record(a.out, command_of("ablations.py", a, SHOWN), a.shard)
-    chosen = arms(Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill, a.method))
+    base = Recipe(a.epochs, a.lr, a.weight_decay, a.batch, a.distill, a.method)
+    if a.searched is not None:
+        base = best_of(a.searched, base)
+        a.lr, a.distill, a.method = base.lr, base.distill, base.method
+        record.command = command_of("ablations.py", a, SHOWN)
+    chosen = arms(base)
     wanted = [arm for name, group in chosen.items() if a.only is None or name in ("default", *a.only) for arm in group]
     for net in a.nets:
         network = NETWORKS[net]
         program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
-        dense, seconds = dense_network(net, data.train, a.folder, a.kept, program, published=False, recipe=usual)
-        experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
         try:
+            dense, seconds = dense_network(net, data.train, a.folder, a.kept, program, published=False, recipe=usual, until=deadline(a))
+            experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
             experiment.run(wanted, range(a.shard[0], a.seeds, a.shard[1]))
         except OutOfTimeError as error:
             raise SystemExit(f"{net}: {error}; run the same command again to go on") from error

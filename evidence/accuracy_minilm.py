@@ -2,7 +2,7 @@
 
     python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-stsb.json --task stsb
     python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-sst2.json --task sst2
-    python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-stsb-recipe.json --task stsb --search --seeds 1
+    python evidence/accuracy_minilm.py FOLDER results/GPU/accuracy-stsb-recipe.json --task stsb --search --seeds 2
 
 FOLDER as in `methods.py`, with `glue-sst2/`, `mrpc/` and `sick/` beside the others. Both arms start from the same dense weights, see the
 same batches in the same order and are pulled towards the same dense network: its hidden states, and its embeddings or logits. STS-B: all
@@ -16,16 +16,19 @@ import copy
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from arms import CONTROL
 from filelock import FileLock
-from ledger import Record, add_arguments, command_of, deadline, shared_over_gpus
+from fleet import leave_default_stream
+from ledger import Record, add_arguments, command_of, deadline, rows_of, shared_over_gpus
 from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
@@ -55,7 +58,7 @@ class Recipe:
     batch: int
     labels: float
     distill: float
-    method: str = "sparsegpt"
+    method: str = "alps"
     weight_decay: float = 0.01
 
     def lr_of(self, step: int) -> float:
@@ -65,8 +68,8 @@ class Recipe:
 
 
 RECIPES = {
-    "stsb": Recipe(steps=2000, lr=2e-4, batch=32, labels=1.0, distill=1.0),
-    "sst2": Recipe(steps=2800, lr=1e-4, batch=64, labels=0.5, distill=1.0),
+    "stsb": Recipe(steps=1200, lr=2e-4, batch=32, labels=1.0, distill=1.0),
+    "sst2": Recipe(steps=1500, lr=1e-4, batch=64, labels=0.5, distill=1.0),
 }
 DENSE = Recipe(steps=2800, lr=5e-5, batch=64, labels=1.0, distill=0.0)
 SEARCH = {"stsb": ((1e-4, 4e-4), (0.0, 1.0), (1.0,)), "sst2": ((5e-5, 2e-4), (0.5,), (0.0, 1.0))}
@@ -78,6 +81,11 @@ def orders(num: int, items: int, generator: torch.Generator) -> Iterator[list[in
         for part in torch.randperm(num, generator=generator).split(items):
             if len(part) == items or num < items:
                 yield part.tolist()
+
+
+def example_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return the first two sentences as a model takes them."""
+    return tokens.batch(torch.tensor([0, 1], device=tokens.table.device), tokens.length([0, 1]))
 
 
 def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -101,27 +109,26 @@ class StsB:
             lines = pairs(folder, split)[:limit]
             self.tokens[split] = Tokens(folder, [text for one, other, _ in lines for text in (one, other)], device)
             self.scores[split] = torch.tensor([score for *_, score in lines], device=device)
-        others = Tokens(folder, unlabelled(folder)[:limit], device)
-        self.num_others = len(others)
         # The sentences of the pairs first, then those without a label.
-        self.tokens["train"].ids += others.ids
-        self.example = self.tokens["train"].batch([0, 1])
+        lines, others = pairs(folder, "train")[:limit], unlabelled(folder)[:limit]
+        self.num_others = len(others)
+        self.tokens["train"] = Tokens(folder, [text for one, other, _ in lines for text in (one, other)] + others, device)
+        self.example = example_of(self.tokens["train"])
 
-    def batches(self, recipe: Recipe, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Give indices of pairs and of further sentences without end."""
+    def batches(self, recipe: Recipe, seed: int) -> Iterator[list[int]]:
+        """Give indices of sentences without end: pair after pair, then, to distill from, some of those without a label."""
         g = torch.Generator().manual_seed(seed)
-        return zip(orders(len(self.scores["train"]), recipe.batch, g), orders(self.num_others, 2 * recipe.batch, g), strict=True)
+        paired, further = orders(len(self.scores["train"]), recipe.batch, g), orders(self.num_others, 2 * recipe.batch, g)
+        for chosen, rest in zip(paired, further, strict=True):
+            which = [2 * i + k for i in chosen for k in (0, 1)]
+            yield which + [2 * len(self.scores["train"]) + i for i in rest] if recipe.distill else which
 
-    def loss(self, model: Encoder, teacher: Encoder, batch: tuple[list[int], list[int]], recipe: Recipe) -> Tensor:
+    def loss(self, model: Encoder, teacher: Encoder, which: Tensor, length: int, recipe: Recipe) -> Tensor:
         """Return the loss of one step."""
-        chosen, further = batch
-        which = [2 * i + k for i in chosen for k in (0, 1)]
-        num_paired = len(which)
-        if recipe.distill:
-            which += [2 * len(self.scores["train"]) + i for i in further]
-        ids, mask = self.tokens["train"].batch(which)
+        ids, mask = self.tokens["train"].batch(which, length)
         outputs, states = model.with_states(ids, mask)
-        e = F.normalize(outputs[:num_paired].float(), dim=1)
+        chosen = which[: 2 * min(recipe.batch, len(self.scores["train"])) : 2] // 2
+        e = F.normalize(outputs[: 2 * len(chosen)].float(), dim=1)
         loss = recipe.labels * F.mse_loss((e[0::2] * e[1::2]).sum(1), self.scores["train"][chosen] / 5)
         if recipe.distill:
             with torch.no_grad():
@@ -151,18 +158,18 @@ class Sst2:
             lines = labelled(folder, split)[:limit]
             self.tokens[split] = Tokens(folder, [text for text, _ in lines], device)
             self.labels[split] = torch.tensor([label for _, label in lines], device=device)
-        self.example = self.tokens["train"].batch([0, 1])
+        self.example = example_of(self.tokens["train"])
 
     def batches(self, recipe: Recipe, seed: int) -> Iterator[list[int]]:
         """Give indices of sentences without end."""
         return orders(len(self.labels["train"]), recipe.batch, torch.Generator().manual_seed(seed))
 
-    def loss(self, model: Encoder, teacher: Encoder, batch: list[int], recipe: Recipe) -> Tensor:
+    def loss(self, model: Encoder, teacher: Encoder, which: Tensor, length: int, recipe: Recipe) -> Tensor:
         """Return the loss of one step."""
-        ids, mask = self.tokens["train"].batch(batch)
+        ids, mask = self.tokens["train"].batch(which, length)
         y, states = model.with_states(ids, mask)
         y = y.float()
-        loss = recipe.labels * F.cross_entropy(y, self.labels["train"][batch])
+        loss = recipe.labels * F.cross_entropy(y, self.labels["train"][which])
         if recipe.distill:
             with torch.no_grad():
                 theirs, their_states = teacher.with_states(ids, mask)
@@ -179,6 +186,71 @@ class Sst2:
     names = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}  # noqa: RUF012 - never changed
 
 
+class Steps:
+    """The steps of one training; on a GPU a graph for each length of a batch, captured when it first comes up."""
+
+    def __init__(self, model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, sparse: bool) -> None:
+        device = task.example[0].device
+        self.model, self.teacher, self.task, self.recipe, self.on_gpu = model.train(), teacher, task, recipe, device.type == "cuda"
+        self.captured = self.on_gpu and not os.environ.get("EAGER")
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        plain = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.rates = torch.tensor([recipe.lr_of(step) for step in range(recipe.steps)], device=device)
+        self.lr = self.rates[0].clone()
+        # NOTE: without labels the dense control has next to no gradient; a smaller eps would blow its rounding up to whole steps.
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, eps=1e-6, fused=self.on_gpu, capturable=self.on_gpu)
+        self.held = twofour.hold(model, self.optimizer) if sparse else None
+        self.batches = [which for _, which in zip(range(recipe.steps), task.batches(recipe, seed), strict=False)]
+        self.order = torch.tensor(self.batches).to(device)
+        self.which, self.total = self.order[0].clone(), torch.zeros((), device=device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def step(self, length: int) -> None:
+        """One step on the sentences `which`, padded to `length`; all it reads and writes has a fixed place."""
+        with torch.autocast(self.which.device.type, torch.bfloat16, enabled=self.on_gpu):
+            loss = self.task.loss(self.model, self.teacher, self.which, length, self.recipe)
+        # Not `backward`: an accumulator made on another stream would pull that stream into a capture.
+        parameters = list(self.model.parameters())
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.grad = gradient
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def capture(self, length: int) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step; values are as before."""
+        for p in self.model.parameters():
+            # What the first step would make, so that all it changes is there to be kept.
+            state = self.optimizer.state[p]
+            if not state:
+                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        changed = [*self.model.parameters(), *states, self.total]
+        kept = [t.detach().clone() for t in changed]
+        for _ in range(2):
+            self.step(length)
+        with torch.no_grad():
+            torch._foreach_copy_([t.detach() for t in changed], kept)
+        graph = torch.cuda.CUDAGraph()
+        first = next(iter(self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=None if first is None else first.pool()):
+            self.step(length)
+        return graph
+
+    def run(self, index: int) -> None:
+        """Run the step of that number."""
+        self.which.copy_(self.order[index])
+        self.lr.copy_(self.rates[index])
+        length = self.task.tokens["train"].length(self.batches[index])
+        if not self.captured:
+            self.step(length)
+            return
+        if length not in self.graphs:
+            self.graphs[length] = self.capture(length)
+        self.graphs[length].replay()
+
+
 def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: int, sparse: bool, until: float = math.inf) -> float:
     """Train in place, `sparse` with its zeros held, and return the seconds.
 
@@ -188,36 +260,22 @@ def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: 
     """
     started = time.monotonic()
     torch.manual_seed(seed)
-    model.train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    on_gpu = task.example[0].is_cuda
-    # NOTE: without labels the dense control has next to no gradient; a smaller eps would blow its rounding up to whole steps.
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, eps=1e-6, fused=on_gpu)
-    held = twofour.hold(model, optimizer) if sparse else None
-    total = torch.zeros((), device=task.example[0].device)
-    for step, batch in zip(range(recipe.steps), task.batches(recipe, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_of(step)
-        with torch.autocast(task.example[0].device.type, torch.bfloat16, enabled=on_gpu):
-            loss = task.loss(model, teacher, batch, recipe)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total += loss.detach()
-        if (step + 1) % 200 == 0:
-            mean = float(total) / 200
-            total.zero_()
+    steps = Steps(model, teacher, task, recipe, seed=seed, sparse=sparse)
+    for step in range(recipe.steps):
+        steps.run(step)
+        if (step + 1) % 200 == 0 or step + 1 == recipe.steps:
+            mean = float(steps.total) / (step % 200 + 1)
+            steps.total.zero_()
             if not math.isfinite(mean):
                 raise RuntimeError(f"step {step + 1}: mean loss {mean}, expected a finite number; lower the learning rate")
             log.info("step %d/%d: mean loss %.4f, %.0f s", step + 1, recipe.steps, mean, time.monotonic() - started)
-            if time.monotonic() > until:
+            if time.monotonic() > until and step + 1 < recipe.steps:
                 raise TimeoutError(f"time is up after step {step + 1} of {recipe.steps}")
-    if held is not None:
-        held.check()
-        held.remove()
+    if steps.held is not None:
+        steps.held.check()
+        steps.held.remove()
+    for p in model.parameters():
+        p.grad = None
     return time.monotonic() - started
 
 
@@ -244,19 +302,20 @@ def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, ste
 
 
 def pruned(dense: Encoder, task: Any, method: str, kept: Path, tag: str) -> Encoder:
-    """Return the dense network pruned on the CPU; written to `kept` by whichever process comes first."""
+    """Return the dense network pruned; written to `kept` by whichever process comes first."""
     kept.mkdir(parents=True, exist_ok=True)
     path = kept / f"minilm-{tag}-{method}.safetensors"
-    model = copy.deepcopy(dense).cpu().eval()
+    model = copy.deepcopy(dense).eval()
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             tokens = task.tokens["train"]
-            chosen = sorted(range(min(CALIBRATION_SENTENCES, len(tokens))), key=lambda i: len(tokens.ids[i]))
+            chosen = sorted(range(min(CALIBRATION_SENTENCES, len(tokens))), key=tokens.sizes.__getitem__)
             parts = [chosen[at : at + CALIBRATION_ITEMS] for at in range(0, len(chosen), CALIBRATION_ITEMS)]
-            calibration = [tuple(t.cpu() for t in tokens.batch(which)) for which in parts]
+            device = task.example[0].device
+            calibration = [tokens.batch(torch.tensor(which, device=device), tokens.length(which)) for which in parts]
             batches = calibration if METHODS[method].is_calibrated else None
-            example = tuple(t.cpu() for t in task.example)
-            log.info("%s", twofour.prune(model, example, method=method, permute=False, calibration=batches, **PRUNED))
+            model.to(device)
+            log.info("%s", twofour.prune(model, task.example, method=method, permute=False, calibration=batches, **PRUNED))
             save_model(model, str(path.with_suffix(".tmp")))
             path.with_suffix(".tmp").replace(path)
     load_model(model, path)
@@ -270,11 +329,24 @@ def recipes(search: bool, base: Recipe, task: str) -> list[Recipe]:
     return [replace(base, lr=lr, labels=labels, distill=distill) for lr, labels, distill in itertools.product(*SEARCH[task])]
 
 
+def best_of(path: Path, base: Recipe, metric: str) -> Recipe:
+    """Return `base` with learning rate and weights of the losses of the 2:4 arm that a search found best on dev."""
+    values: dict[tuple[float, float, float], list[float]] = {}
+    for row in rows_of(path):
+        if row["variant"] == "2:4" and "test" not in row["data"] and row["metric"] == metric:
+            values.setdefault(tuple(row["recipe"][name] for name in ("lr", "labels", "distill")), []).append(row["value"])  # type: ignore[arg-type]
+    if not values:
+        raise SystemExit(f"{path} holds no 2:4 row judged on dev, expected those of --search; run it first")
+    lr, labels, distill = max(values, key=lambda key: fmean(values[key]))
+    return replace(base, lr=lr, labels=labels, distill=distill)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, seeds=5)
     parser.add_argument("--task", choices=list(RECIPES), required=True)
     parser.add_argument("--search", action="store_true", help="several recipes, judged on dev only")
+    parser.add_argument("--searched", type=Path, help="results of --search whose best learning rate and weights of the losses to take")
     parser.add_argument("--steps", type=int, help="of every training, that of the dense classifier too")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int)
@@ -285,14 +357,20 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if shared_over_gpus(a):
         return
+    leave_default_stream()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # builds a plan for every shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = {name: getattr(a, name) for name in ("steps", "lr", "batch", "labels", "distill", "method") if getattr(a, name) is not None}
     base = replace(RECIPES[a.task], **given)
     task: Any = (StsB if a.task == "stsb" else Sst2)(a.folder, device, a.images)
+    if a.searched is not None:
+        base = best_of(a.searched, base, task.metric)
+        a.lr, a.labels, a.distill = base.lr, base.labels, base.distill
     record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
     dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps)
     teacher = copy.deepcopy(dense).eval().requires_grad_(False)
-    tag = f"{a.task}-{a.images or 'all'}-{a.steps or DENSE.steps}"
+    # Only the dense classifier of SST-2 depends on the steps.
+    tag = f"{a.task}-{a.images or 'all'}" + (f"-{a.steps or DENSE.steps}" if task.num_classes else "")
     sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
     splits = ["dev"] if a.search else ["dev", "test"]
     head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}

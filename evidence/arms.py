@@ -5,19 +5,24 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from fleet import Images, Member, Program, Recipe, accuracy_percent, train_together
 from ledger import Record
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import twofour
 from twofour.pruning.methods import METHODS
+from twofour.pruning.record import PRUNING_KEY
+from twofour.training.masks import recorded_masks
 
 log = logging.getLogger("arms")
 HELD_OUT = 5000
@@ -78,10 +83,11 @@ class Data:
 
 
 def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofour.Pruning]:
-    """Return the network pruned as the arm says, and the record; on the CPU."""
-    model = copy.deepcopy(dense).cpu().eval()
-    images = train.plain()[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].cpu().contiguous()
+    """Return the network pruned as the arm says, and the record; on the CPU, after methods that calculate much on the images' device."""
     calibrated = METHODS[arm.method].is_calibrated
+    device = train.labels.device if calibrated else torch.device("cpu")
+    model = copy.deepcopy(dense).to(device).eval()
+    images = train.plain(CALIBRATION_BATCHES * CALIBRATION_ITEMS).to(device).contiguous()
     record = twofour.prune(
         model,
         (images[:2],),
@@ -90,7 +96,28 @@ def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofou
         calibration=list(images.split(CALIBRATION_ITEMS)) if calibrated or arm.reestimated else None,
         reestimate=arm.reestimated,
     )
-    return model, record
+    return model.cpu(), record
+
+
+def pruned_once(dense: nn.Module, arm: Arm, train: Images, kept: Path) -> tuple[nn.Module, twofour.Pruning]:
+    """Return what `pruned` does; written to `kept` by whichever process comes first, and read from there on any machine."""
+    digest = hashlib.sha256(f"{twofour.__version__} {len(train)} {arm.method} {arm.permuted} {arm.reestimated}".encode())
+    for value in dense.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    kept.mkdir(parents=True, exist_ok=True)
+    path = kept / f"start-{arm.method}-{digest.hexdigest()[:16]}.safetensors"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            model, record = pruned(dense, arm, train)
+            state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            save_file(state, path.with_suffix(".tmp"), {PRUNING_KEY: record.to_json()})
+            path.with_suffix(".tmp").replace(path)
+    model = copy.deepcopy(dense).cpu()
+    with safe_open(path, "pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - the file is no mapping
+        # The order was that of the network pruned; this one holds its weights under its own names, and carries no order.
+        record = replace(twofour.Pruning.from_json(file.metadata()[PRUNING_KEY]), order="")
+    return model, replace(record, masks=recorded_masks(model, record))
 
 
 @dataclass
@@ -173,7 +200,7 @@ class Experiment:
             return self.dense, None
         key = (arm.method, arm.permuted, arm.reestimated)
         if key not in starts:
-            starts[key] = pruned(self.dense, arm, self.data.train)
+            starts[key] = pruned_once(self.dense, arm, self.data.train, self.kept)
             row = self.oneshot_row(arm)
             if not self.record.has(row):
                 self.record.add({**row, "value": self.judge(starts[key][0], plain), "pruning": str(starts[key][1])})

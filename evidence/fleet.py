@@ -78,9 +78,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def plain(self) -> Tensor:
-        """Return all images, normalised."""
-        return normalised(self.padded[:, :, PAD:-PAD, PAD:-PAD], self.mean, self.std)
+    def plain(self, count: int | None = None) -> Tensor:
+        """Return all images or the first so many, normalised."""
+        return normalised(self.padded[:count, :, PAD:-PAD, PAD:-PAD], self.mean, self.std)
 
 
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -182,6 +182,11 @@ class Program:
         self.logits: Callable[..., Tensor] = self._logits
         if not compiled:
             return
+        if self.bf16 and torch.cuda.is_available():
+            from narrow import use_narrow  # Triton is there where CUDA is
+
+            for network in (self.training, self.inference):
+                use_narrow(network)
         # One code object serves all architectures, batch sizes and modes: the default of 8 is soon used up.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 4096

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,8 +110,8 @@ class Network:
         return self.make(*self.arguments)
 
 
-SMALL = Recipe(epochs=160, lr=0.4, weight_decay=1e-4, batch=512)
-LARGE = Recipe(epochs=100, lr=0.2, weight_decay=5e-4, batch=256)
+SMALL = Recipe(epochs=100, lr=0.4, weight_decay=2e-4, batch=512)
+LARGE = Recipe(epochs=80, lr=0.4, weight_decay=5e-4, batch=512)
 NETWORKS = {
     **{f"ResNet-{d}": Network(CifarResNet, (d,), SMALL, (Block,), f"resnet{d}-*.th") for d in (20, 32, 44, 56)},
     "ResNet-18": Network(CifarResNet18, (), LARGE, (WideBlock,)),
@@ -125,14 +126,25 @@ def program_of(network: Network, how: str) -> Program:
 
 
 def dense_network(
-    name: str, train: Images, folder: Path, kept: Path, program: Program, *, published: bool, recipe: Recipe | None = None
+    name: str,
+    train: Images,
+    folder: Path,
+    kept: Path,
+    program: Program,
+    *,
+    published: bool,
+    recipe: Recipe | None = None,
+    until: float = math.inf,
 ) -> tuple[nn.Module, float]:
     """Return the dense network and the seconds its training took here, 0 if none.
 
-    What is trained here is written to `kept`, once, whichever process comes first.
+    What is trained here is written to `kept`, once, whichever process comes first; its weights are rounded to fp16.
 
     Args:
         published: take the network of others where there is one; they trained it on all 50,000 images.
+
+    Raises:
+        OutOfTimeError: `until` is over; its state was saved.
     """
     network = NETWORKS[name]
     model = network()
@@ -150,8 +162,10 @@ def dense_network(
             model = network()
             member = Member(model, program, train, recipe, seed=0)
             log.info("%s: dense, %s", name, recipe)
-            seconds = sum(train_together([member], say=lambda line: log.info("%s dense %s", name, line)))
-            save_file({key: value.contiguous().cpu() for key, value in member.model.state_dict().items()}, path.with_suffix(".tmp"))
+            say = lambda line: log.info("%s dense %s", name, line)  # noqa: E731
+            seconds = sum(train_together([member], say=say, saved=path.with_suffix(".pt"), until=until))
+            state = {key: value.contiguous().cpu() for key, value in member.model.state_dict().items()}
+            save_file({key: value.half() if value.ndim > 1 else value for key, value in state.items()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         model = network()
         model.load_state_dict(load_file(path))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from twofour.errors import MissingExtraError
 from twofour.sources.torchvision_compat import import_torchvision
@@ -19,7 +20,8 @@ with contextlib.suppress(MissingExtraError):
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 PRUNED = {"include": ["bert.encoder.layer.*"], "exclude": ["bert.embeddings.*"]}
-LONGEST = 128
+LENGTHS = (16, 24, 32, 48, 64, 96, 128)  # batches are padded to one of them: a captured step has fixed shapes
+LONGEST = LENGTHS[-1]
 
 
 class Encoder(nn.Module):
@@ -37,10 +39,30 @@ class Encoder(nn.Module):
         return self.with_states(input_ids, attention_mask)[0]
 
     def with_states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return what `forward` does, and the hidden states: of the embeddings and after every layer."""
-        output = self.bert(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        mask = attention_mask[..., None].to(output.last_hidden_state.dtype)
-        return self.classifier((output.last_hidden_state * mask).sum(1) / mask.sum(1)), output.hidden_states
+        """Return what `forward` does, and the hidden states: of the embeddings and after every layer.
+
+        NOTE: not by `BertModel.forward`, whose making of masks looks at their values, which a captured step cannot wait for.
+        """
+        e = self.bert.embeddings
+        x = e.word_embeddings(input_ids) + e.position_embeddings.weight[: input_ids.shape[1]] + e.token_type_embeddings.weight[0]
+        x = e.dropout(e.LayerNorm(x))
+        states = [x]
+        for layer in self.bert.encoder.layer:
+            x = self.after_layer(layer, x, attention_mask[:, None, None, :].bool())
+            states.append(x)
+        mask = attention_mask[..., None].to(x.dtype)
+        return self.classifier((x * mask).sum(1) / mask.sum(1)), tuple(states)
+
+    def after_layer(self, layer: nn.Module, x: Tensor, counted: Tensor) -> Tensor:
+        """Return the hidden states after one layer; `counted` says which tokens are attended to."""
+        attention, own = layer.attention, layer.attention.self
+        heads = (*x.shape[:2], own.num_attention_heads, own.attention_head_size)
+        q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (own.query, own.key, own.value))
+        dropout = own.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, counted, dropout).transpose(1, 2).reshape(x.shape)
+        x = attention.output.LayerNorm(attention.output.dropout(attention.output.dense(mixed)) + x)
+        wide = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+        return layer.output.LayerNorm(layer.output.dropout(layer.output.dense(wide)) + x)  # type: ignore[no-any-return]
 
 
 def published_encoder(folder: Path, *, num_classes: int = 0, dropout: float = 0.0) -> Encoder:
@@ -55,33 +77,39 @@ def published_encoder(folder: Path, *, num_classes: int = 0, dropout: float = 0.
 
 
 class Tokens:
-    """Sentences as lists of token numbers; `batch` pads those asked for."""
+    """Sentences as token numbers in one table on the device, padded; `batch` takes some of them as long as asked for."""
 
     def __init__(self, folder: Path, sentences: Sequence[str], device: torch.device) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder / "minilm")
-        self.ids: list[list[int]] = tokenizer(list(sentences), truncation=True, max_length=LONGEST)["input_ids"]
-        self.device = device
+        ids: list[list[int]] = tokenizer(list(sentences), truncation=True, max_length=LONGEST)["input_ids"]
+        self.sizes = list(map(len, ids))
+        self.table = torch.tensor([line + [0] * (LONGEST - len(line)) for line in ids]).to(device)
+        self.counts = torch.tensor(self.sizes).to(device)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.sizes)
 
-    def batch(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return token numbers and attention mask, `[n, longest]`."""
-        chosen = [self.ids[i] for i in which]
-        longest = max(map(len, chosen))
-        ids = torch.tensor([line + [0] * (longest - len(line)) for line in chosen])
-        mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in chosen])
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+    def length(self, which: Sequence[int]) -> int:
+        """Return the first of `LENGTHS` that none of them is longer than."""
+        longest = max(self.sizes[i] for i in which)
+        return next(length for length in LENGTHS if length >= longest)
+
+    def batch(self, which: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return token numbers and attention mask, `[n, length]`."""
+        mask = torch.arange(length, device=which.device) < self.counts[which][:, None]
+        return self.table[which, :length], mask.long()
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module, items: int = 256) -> Tensor:
         """Return the model's outputs for all, in order, computed in fp32 without dropout."""
         training = model.training
         model.eval()
-        order = sorted(range(len(self)), key=lambda i: len(self.ids[i]))
-        parts = [model(*self.batch(order[at : at + items])) for at in range(0, len(order), items)]
+        order = sorted(range(len(self)), key=self.sizes.__getitem__)
+        batches = [order[at : at + items] for at in range(0, len(order), items)]
+        device = self.table.device
+        parts = [model(*self.batch(torch.tensor(which, device=device), self.length(which))) for which in batches]
         model.train(training)
-        return torch.cat(parts)[torch.tensor(order).argsort().to(self.device)]
+        return torch.cat(parts)[torch.tensor(order).argsort().to(device)]
 
 
 def pairs(folder: Path, split: str) -> list[tuple[str, str, float]]:

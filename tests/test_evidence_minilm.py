@@ -58,14 +58,27 @@ def test_sentences_are_read_and_batched_in_order(experiment: ModuleType, folder:
     assert sentences.pairs(folder, "dev")[1] == ("a man bad", "the runs bad", 1.0)
     assert sentences.unlabelled(folder)[-4:] == ["dog runs", "the dog runs", "bad film", "good film"]
     tokens = sentences.Tokens(folder, ["a very very good dog", "bad", "the dog runs"], torch.device("cpu"))
-    ids, mask = tokens.batch([2, 1])
+    ids, mask = tokens.batch(torch.tensor([2, 1]), tokens.length([2, 1]))
+    assert ids.shape == mask.shape == (2, sentences.LENGTHS[0])
     assert mask.sum(1).tolist() == [5, 3]
     assert (ids[1, 3:] == 0).all()
     model = sentences.published_encoder(folder)
     outputs = tokens.outputs(model)
     # Padding changes nothing but the order of sums.
     for i in range(3):
-        torch.testing.assert_close(outputs[i], model.eval()(*tokens.batch([i]))[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs[i], model.eval()(*tokens.batch(torch.tensor([i]), tokens.sizes[i]))[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_encoder_is_bert(experiment: ModuleType, folder: Path) -> None:
+    import sentences
+
+    tokens = sentences.Tokens(folder, ["a very very good dog", "bad", "the dog runs"], torch.device("cpu"))
+    model = sentences.published_encoder(folder).eval()
+    ids, mask = tokens.batch(torch.arange(3), 16)
+    expected = model.bert(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for mine, theirs in zip(model.with_states(ids, mask)[1], expected, strict=True):
+        counted = mask.bool()
+        torch.testing.assert_close(mine[counted], theirs[counted], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("task", ["stsb", "sst2"])
@@ -89,9 +102,10 @@ def test_without_labels_the_dense_network_has_nothing_to_learn(experiment: Modul
     task = experiment.StsB(folder, torch.device("cpu"), None)
     dense = experiment.published_encoder(folder)
     recipe = experiment.Recipe(steps=1, lr=1e-3, batch=4, labels=0.0, distill=1.0)
-    batch = next(task.batches(recipe, 0))
-    assert float(task.loss(dense, dense, batch, recipe).detach()) == pytest.approx(0, abs=1e-6)
+    which = next(task.batches(recipe, 0))
+    batch = torch.tensor(which), task.tokens["train"].length(which)
+    assert float(task.loss(dense, dense, *batch, recipe).detach()) == pytest.approx(0, abs=1e-6)
     other = experiment.published_encoder(folder)
     # The second of two layers twice as large: ‖2h − h‖² / ‖h‖² = 1 for it, 0 for the first; the embedding keeps its direction.
     other.bert.encoder.layer[1].output.LayerNorm.weight.data *= 2
-    assert float(task.loss(other, dense, batch, recipe).detach()) == pytest.approx(0.5, abs=1e-5)
+    assert float(task.loss(other, dense, *batch, recipe).detach()) == pytest.approx(0.5, abs=1e-5)

@@ -40,18 +40,18 @@ def test_the_interval_is_student_s_t(script: ModuleType) -> None:
 
 
 def test_a_goal_is_reached_by_the_upper_end_of_a_narrow_interval(script: ModuleType) -> None:
-    goal = script.Goal("n", "d", floor=-0.5, aim=-0.1)
+    goal = script.Goal("n", "d", floor=-0.5, aim=-0.1, published=91.0, seeds=3)
     near = lambda mean: script.Paired(tuple(mean + d for d in (-0.05, 0.0, 0.05)))  # noqa: E731 - half-width 0.124
     assert near(0).half == pytest.approx(0.1242, abs=1e-4)
-    outcomes = [script.outcome(goal, near(mean)) for mean in (-0.63, -0.61, -0.21)]
-    assert outcomes == ["missed", "reached", "reached, and the aim"]
-    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5)))
-    assert "wider" in script.outcome(goal, script.Paired((0.0,)))
+    outcomes = [script.outcome(goal, near(mean), value) for mean, value in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
+    assert outcomes == ["missed", "reached", "reached, and the aim", "reached"]
+    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), 92)
+    assert script.outcome(goal, script.Paired((0.0, 0.0)), 92) == "open: 2 of 3 seeds"
 
 
-@pytest.mark.parametrize("name", ["evidence.md", "recipes.md"])
+@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/recipes.md", "README.md"])
 def test_the_pages_are_those_of_the_results(script: ModuleType, name: str) -> None:
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = (ROOT / name).read_text(encoding="utf-8")
     assert script.filled(page, script.TABLES[name]) == page, "run: python scripts/evidence.py"
 
 
@@ -77,6 +77,10 @@ def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_
         "| ResNet-20 (40 epochs, batch 512, lr 0.2) | CIFAR-10 test | 91.73 | 71.20 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | 2 |"
     )
     assert row in summary
+    short = script.short_table()
+    assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | open: 2 of 10 seeds |" in short
+    assert "| ResNet-56, CIFAR-10 test | – | – | – | – | not measured yet |" in short
+    assert len(short.splitlines()) == 6
     assert "Not measured yet: ResNet-20, 200 epochs (CIFAR-10 test); ResNet-32" in summary
     assert "| 2:4, wanda | 40 epochs, batch 512, lr 0.2 | – | 91.70 ± 0.28 | −0.15 ± 1.91 | +0.00 ± 1.27 | 2 |" in script.choices_table(
         "ablations"
@@ -154,6 +158,7 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import accuracy_cifar
+    import arms
     import fleet
     import ledger
     import networks
@@ -177,6 +182,11 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
         "2",
     ]
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept"), "--minutes", "0"])
+    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 1; run the same command again to go on"):
+        accuracy_cifar.main()
+    data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
+    program = fleet.Program(Tiny(), compiled=False)
+    networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True)
     with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 2; run the same command again to go on"):
         accuracy_cifar.main()
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept")])
@@ -216,6 +226,49 @@ def test_the_arms_of_a_recipe_start_where_it_says(script: ModuleType) -> None:
     chosen = ablations.arms(recipe)
     assert [arm.method for arm in chosen["method"]] == ["magnitude", "wanda", "sparsegpt", "alps"]
     assert {arm.method for name in ("default", "permutation", "batch-norm", "length") for arm in chosen[name]} == {"", "ria"}
+
+
+def test_the_best_recipe_is_that_of_the_held_out_images(tmp_path: Path) -> None:
+    import accuracy_cifar
+    import fleet
+    import ledger
+
+    base, found = fleet.Recipe(epochs=7), tmp_path / "recipe.json"
+    with pytest.raises(SystemExit, match=r"recipe.json holds no 2:4 row judged on held-out images"):
+        accuracy_cifar.best_of(found, base)
+    rows = []
+    held_out, test = "CIFAR-10 held-out training images", "CIFAR-10 test"
+    for lr, variant, data, values in (
+        (0.1, "2:4", held_out, (90.0, 91.0)),
+        (0.2, "2:4, alps", held_out, (90.9, 90.5)),
+        (0.3, "2:4", held_out, (91.0, 90.0)),
+        (0.4, "2:4", test, (99.0, 99.0)),
+        (0.5, accuracy_cifar.CONTROL, held_out, (99.0, 99.0)),
+    ):
+        recipe = {"lr": lr, "distill": lr / 2, "method": "magnitude"}
+        rows += [{"variant": variant, "data": data, "seed": s, "recipe": recipe, "value": v} for s, v in enumerate(values)]
+    rows.append({"variant": "dense", "data": held_out, "seed": None, "recipe": None, "value": 99.0})
+    ledger.write(found, rows, "command")
+    assert accuracy_cifar.best_of(found, base) == fleet.Recipe(epochs=7, lr=0.2, distill=0.1, method="alps")
+
+
+def test_a_pruned_start_is_calculated_once_and_read_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import arms
+    import fleet
+
+    data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
+    torch.manual_seed(0)
+    model, arm = Tiny(), arms.Arm("2:4", fleet.Recipe(), "wanda")
+    expected, record = arms.pruned(model, arm, data.train)
+    first = arms.pruned_once(model, arm, data.train, tmp_path)
+    monkeypatch.setattr(arms, "pruned", None)
+    for found, again in (first, arms.pruned_once(model, arm, data.train, tmp_path)):
+        assert str(again) == str(record)
+        assert again.masks.keys() == record.masks.keys()
+        assert all(torch.equal(again.masks[name], mask) for name, mask in record.masks.items())
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
+    with pytest.raises(TypeError):  # another network's start is another
+        arms.pruned_once(Tiny(), arm, data.train, tmp_path)
 
 
 def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:
