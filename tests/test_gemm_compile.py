@@ -1,6 +1,7 @@
 """Every kind of kernel compiles without a GPU, with nothing spilled and no serialised wgmma in ptxas' report."""
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 from twofour.jit.compiler import Compiled, compile_source
@@ -26,6 +27,9 @@ def covering() -> list[Case]:
             Epilogue(activation, scale=True, bias=True, gated=True),
         ):
             cases.append(case(256, most_tokens(epilogue), epilogue=epilogue))
+    residual = Epilogue("gelu", scale=True, bias=True, residual=True)
+    cases += [case(256, most_tokens(residual, "fp32"), out_dtype="fp32", epilogue=residual)]
+    cases += [case(128, t, sparse=s, epilogue=replace(residual, activation="relu")) for t, s in ((256, True), (128, False))]
     cases += [case(256, 192, dtype="fp16", out_dtype=out) for out in ("fp16", "fp32")]
     cases += [case(256, 184, dtype="fp16", out_dtype="fp32", epilogue=Epilogue("gelu", scale=True, bias=True))]
     cases += [(Problem(128, 128, 128, sparse=sparse), Config(kernel)) for kernel in ("pipelined", "naive") for sparse in (True, False)]

@@ -175,6 +175,32 @@ def test_epilogues_of_the_other_dtypes_and_forms(kind: dict[str, bool], dtype: s
     Case.draw(dense).check(tuned(dense, 128, 128))
 
 
+# Tails in tokens that leave chunks and whole halves of a tile outside, rows that end inside and between the two boxes of a warpgroup, one
+# tile, many tiles a thread block (5000 tokens), tiles cut along the inputs.
+RESIDUALS = [(1, 8, 64), (64, 64, 64), (90, 120, 192), (177, 136, 64), (300, 200, 320), (352, 256, 64), (5000, 1032, 64), (200, 264, 2048)]
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(256, 64), (256, 160), (256, 176), (128, 128), (128, 256)])
+@pytest.mark.parametrize("shape", RESIDUALS, ids=lambda shape: "x".join(map(str, shape)))
+def test_residuals(shape: tuple[int, int, int], rows: int, tile: int) -> None:
+    for dtype, sparse in (("fp16", True), ("bf16", False)):
+        problem = Problem(*shape, dtype=dtype, out_dtype=dtype, sparse=sparse, epilogue=Epilogue("relu", bias=True, residual=True))
+        config = tuned(problem, rows, tile, split=shape[2] == 2048)
+        case = Case.draw(problem, seed=sum(shape))
+        case.check(config)
+        first = case.d[:-1].clone()
+        # In place: D holds the residual.
+        kernel, packed = Gemm(problem, config), pack(case.weight, dtype=dtype, sparse=sparse)
+        space = torch.zeros(max(16, kernel.workspace_bytes), dtype=torch.uint8, device="cuda")
+        for _ in range(5):
+            case.d[:-1] = case.extra["residual"]
+            d, bias = case.d.data_ptr(), case.extra["bias"].data_ptr()
+            stream = torch.cuda.current_stream().cuda_stream
+            kernel(case.x.data_ptr(), packed.data.data_ptr(), d, bias=bias, residual=d, workspace=space.data_ptr(), stream=stream)
+            torch.cuda.synchronize()
+            assert torch.equal(case.d[:-1], first)
+
+
 @pytest.mark.parametrize("shape", [(16, 6144, 4096), (512, 4096, 3584), (200, 264, 2048), (1, 8, 4096)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_split_inputs_and_their_repeats(shape: tuple[int, int, int], sparse: bool) -> None:

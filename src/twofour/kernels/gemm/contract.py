@@ -163,6 +163,11 @@ def staging_bytes(problem: Problem, config: Config) -> int:
     return config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
 
 
+def loads_residual(problem: Problem, config: Config) -> bool:
+    """Return whether the copy engine brings the residual to where outputs are staged; else each thread reads its own from memory."""
+    return problem.epilogue.residual and config.kernel == "tuned" and problem.out_dtype != "fp32"
+
+
 def store_chunks(config: Config) -> int:
     """Return in how many boxes of whole eight tokens a warpgroup's staged outputs leave: small ones, which let loads pass between."""
     tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
@@ -174,8 +179,10 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     return config.stages * stage_bytes(config, problem.sparse) + staging_bytes(problem, config) + BARRIER_BYTES
 
 
-def most_tokens(epilogue: Epilogue) -> int:
+def most_tokens(epilogue: Epilogue, out_dtype: str = "bf16") -> int:
     """Return the widest 256-row tile whose accumulators and `epilogue` fit in a thread's registers without spilling (ptxas 13.0)."""
+    if epilogue.residual and out_dtype != "fp32":
+        return 176  # the warp that also loads residuals has 40 registers, the multiplying ones 232
     if epilogue.residual and epilogue.activation not in ("none", "relu"):
         return 160
     return 184 if epilogue.scale or epilogue.bias or epilogue.residual else 192
@@ -197,7 +204,7 @@ def why_not(problem: Problem, config: Config) -> str | None:
         )
     if config.tile_rows == 128 and (config.tile_tokens < 128 or config.tile_tokens % 16):
         return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens}"
-    most = most_tokens(problem.epilogue)
+    most = most_tokens(problem.epilogue, problem.out_dtype)
     if config.tile_rows == 256 and config.tile_tokens > most:
         return f"this epilogue leaves registers for {most} tokens of a 256-row tile, not {config.tile_tokens}"
     if config.stages < 3:

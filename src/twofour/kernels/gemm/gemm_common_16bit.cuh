@@ -46,6 +46,11 @@ struct alignas(64) GemmParams {
     Divisor by_last_group;   // row tiles of the last group
 };
 
+// Of a tuned product that adds a residual of 16 bits.
+struct alignas(64) ResidualGemmParams : GemmParams {
+    TensorMap residual_map;  // as d_map
+};
+
 enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kHardswish };
 enum class Output { kBf16, kFp16, kFp32 };
 
@@ -128,12 +133,32 @@ struct Finished {
         return static_cast<long long>(token) * p.outputs + (E::kGated ? row >> 1 : row);
     }
 
+    // With the residual from global memory.
     __device__ __forceinline__ Finished(const GemmParams& p, const RowConstants<E>& constants, int row, int token, const float (&sums)[4]) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) y[i] = constants.linear(sums[i], i);
+        scale_and_add_bias(constants, sums);
         if constexpr (E::kResidual) {
             if (row < p.weight_rows && token < p.tokens) add_residual(p.residual, offset(p, row, token));
         }
+        apply_activation(constants, sums);
+    }
+
+    // With the residual, of 16 bits, from where the outputs will be staged.
+    __device__ __forceinline__ Finished(const RowConstants<E>& constants, uint32 staged, const float (&sums)[4]) {
+        scale_and_add_bias(constants, sums);
+        if constexpr (E::kResidual) {
+            uint2 r;
+            load_shared(r.x, r.y, staged);
+            add_packed(r);
+        }
+        apply_activation(constants, sums);
+    }
+
+    __device__ __forceinline__ void scale_and_add_bias(const RowConstants<E>& constants, const float (&sums)[4]) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) y[i] = constants.linear(sums[i], i);
+    }
+
+    __device__ __forceinline__ void apply_activation(const RowConstants<E>& constants, const float (&sums)[4]) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             y[i] = activate<E::kActivation>(y[i]);
@@ -146,10 +171,13 @@ struct Finished {
             const float4 r = *reinterpret_cast<const float4*>(static_cast<const float*>(residual) + at);
             y[0] += r.x, y[1] += r.y, y[2] += r.z, y[3] += r.w;
         } else {
-            const uint2 r = *reinterpret_cast<const uint2*>(static_cast<const uint16*>(residual) + at);
-            y[0] += to_float<kBf16>(static_cast<uint16>(r.x)), y[1] += to_float<kBf16>(static_cast<uint16>(r.x >> 16));
-            y[2] += to_float<kBf16>(static_cast<uint16>(r.y)), y[3] += to_float<kBf16>(static_cast<uint16>(r.y >> 16));
+            add_packed(*reinterpret_cast<const uint2*>(static_cast<const uint16*>(residual) + at));
         }
+    }
+
+    __device__ __forceinline__ void add_packed(uint2 r) {
+        y[0] += to_float<kBf16>(static_cast<uint16>(r.x)), y[1] += to_float<kBf16>(static_cast<uint16>(r.x >> 16));
+        y[2] += to_float<kBf16>(static_cast<uint16>(r.y)), y[3] += to_float<kBf16>(static_cast<uint16>(r.y >> 16));
     }
 
     __device__ __forceinline__ void store_global(void* d, long long at) const {

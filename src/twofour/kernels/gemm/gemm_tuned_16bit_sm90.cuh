@@ -186,10 +186,17 @@ struct Staging {
     static constexpr int kBoxBytes = T::kWarpgroupTokens * 128;
     static constexpr int kBytes = kUsed ? kBoxes * kBoxBytes : 0;
     static constexpr int kChunkTokens = T::kWarpgroupTokens / T::kChunks;
+    static constexpr int kChunkBytes = kChunkTokens * 128;
+    static constexpr bool kLoads = kUsed && E::kResidual;  // the residual, to where the outputs will lie
 
     uint32 buffer;  // shared addresses
     uint32 filled;
-    uint32 free;  // two barriers: it is the first, the second warpgroup's turn
+    uint32 free;  // two barriers: it is the first, the second warpgroup's turn; its residual is there
+
+    // Boxes of a turn's first `outputs` rows and one chunk of tokens that begin inside D.
+    __device__ static __forceinline__ int boxes(const GemmParams& p, int output) {
+        return (output < p.outputs) + (kBoxes == 2 && output + 64 < p.outputs);
+    }
 };
 
 // First row and token of a warpgroup's part of a tile.
@@ -233,6 +240,67 @@ __device__ __forceinline__ void store_staged_tiles(const GemmParams& p, const St
     }
 }
 
+// The next unit of a thread block that ends in outputs; false behind the last.
+__device__ __forceinline__ bool next_stored(WorkList& work, const GemmParams& p, Unit& unit) {
+    while (work.next(p, unit)) {
+        if (unit.first_k == 0) return true;
+    }
+    return false;
+}
+
+// The same where a residual is added: as each chunk of a turn has left, the next turn's residual takes its place.
+template <class T, class E>
+__device__ __forceinline__ void exchange_staged_tiles(const GemmParams& p, const TensorMap* residual, const Staging<T, E>& staging) {
+    using S = Staging<T, E>;
+    const auto expect = [&](const Corner<T>& corner, int warpgroup) {
+        const int chunks = min(T::kChunks, max(0, (p.tokens - corner.token + S::kChunkTokens - 1) / S::kChunkTokens));
+        // NOTE: boxes wholly outside D are not asked for
+        barrier_arrive_expecting(staging.free + 8 * warpgroup, chunks * S::boxes(p, corner.row) * S::kChunkBytes);
+    };
+    const auto load = [&](const Corner<T>& corner, int warpgroup, int c) {
+        const int token = corner.token + c * S::kChunkTokens;
+        const uint32 chunk = staging.buffer + c * S::kChunkBytes, loaded = staging.free + 8 * warpgroup;
+        if (token >= p.tokens) return;
+        if (corner.row < p.outputs) copy_box(chunk, residual, corner.row, token, loaded);
+        if (corner.row + 64 < p.outputs) copy_box(chunk + S::kBoxBytes, residual, corner.row + 64, token, loaded);
+    };
+    WorkList work(p);
+    Unit unit;
+    if (!next_stored(work, p, unit)) return;
+    int tile = unit.tile, warpgroup = 0;
+    {
+        const Corner<T> corner(p, tile, 0);
+        expect(corner, 0);
+#pragma unroll 1
+        for (int c = 0; c < T::kChunks; ++c) load(corner, 0, c);
+    }
+    uint32 parity = 0;
+    bool more = true;
+#pragma unroll 1
+    while (more) {
+        const Corner<T> corner(p, tile, warpgroup);
+        if (warpgroup == 1) {
+            more = next_stored(work, p, unit);
+            tile = unit.tile;
+        }
+        warpgroup ^= 1;
+        const Corner<T> following(p, tile, warpgroup);
+        barrier_wait(staging.filled, parity);
+        parity ^= 1;
+        if (more) expect(following, warpgroup);
+#pragma unroll 1
+        for (int c = 0; c < T::kChunks; ++c) {
+            const uint32 chunk = staging.buffer + c * S::kChunkBytes;
+            const int token = corner.token + c * S::kChunkTokens;
+            if (corner.row < p.outputs) store_box(&p.d_map, chunk, corner.row, token);
+            if (corner.row + 64 < p.outputs) store_box(&p.d_map, chunk + S::kBoxBytes, corner.row + 64, token);
+            store_commit();
+            store_wait_read<0>();
+            if (more) load(following, warpgroup, c);
+        }
+    }
+}
+
 // A thread's four neighbouring rows of its token i: accumulators of column pair i / 2, member i % 2.
 struct FourRows {
     float sums[4];
@@ -262,14 +330,15 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
         for (int e = 0; e < 2; ++e) {
             at[e] = staging.buffer + (E::kGated ? 0 : warp / 2 * S::kBoxBytes) + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
         }
-        // Before its first turn the first warpgroup finds the buffer free; the second waits for the first's to have left.
-        barrier_wait(staging.free + 8 * warpgroup, turn ^ warpgroup ^ 1);
+        // Before its first turn the first warpgroup finds the buffer free; the second waits for the first's to have left. With a residual both
+        // wait for theirs.
+        barrier_wait(staging.free + 8 * warpgroup, S::kLoads ? turn : turn ^ warpgroup ^ 1);
 #pragma unroll
         for (int i = 0; i < T::kSums / 2; ++i) {
             // NOTE: a point the compiler schedules nothing across; without it, loads and functions of many tokens overlap and registers spill
             if (i % 4 == 0) __syncwarp();
-            const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
-            Finished<E>(p, constants, row, token, four_rows<T>(sums, i).sums).store_staged(at[i % 2] + i / 2 * 1024);
+            const uint32 place = at[i % 2] + i / 2 * 1024;
+            Finished<E>(constants, place, four_rows<T>(sums, i).sums).store_staged(place);
         }
         fence_shared_for_copies();
         barrier_arrive(staging.filled);
@@ -302,8 +371,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, Ring ring, const St
 }
 
 template <class T, class E>
-__device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
+__device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap* residual = nullptr) {
     extern __shared__ __align__(1024) uint8 shared[];
+    constexpr bool kLoads = Staging<T, E>::kLoads;
     Ring ring;
     Staging<T, E> staging;
     ring.stages = shared_address(shared);
@@ -315,6 +385,7 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
     if (threadIdx.x == 0) {
         prefetch_map(&p.x);
         if constexpr (Staging<T, E>::kUsed) prefetch_map(&p.d_map);
+        if constexpr (Staging<T, E>::kLoads) prefetch_map(residual);
         for (int i = 0; i < T::kStages; ++i) {
             barrier_init(ring.full + 8 * i, 1);
             barrier_init(ring.empty + 8 * i, 2 * kWarpgroup / 32);
@@ -329,11 +400,14 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p) {
     wait_for_earlier_grid();
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
     if (warpgroup == 2) {
-        give_registers<24>();
+        give_registers<kLoads ? 40 : 24>();
         if (threadIdx.x == 2 * kWarpgroup) produce<T>(p, ring);
-        if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) store_staged_tiles<T, E>(p, staging);
+        if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) {
+            if constexpr (kLoads) exchange_staged_tiles<T, E>(p, residual, staging);
+            else store_staged_tiles<T, E>(p, staging);
+        }
     } else {
-        take_registers<240>();
+        take_registers<kLoads ? 232 : 240>();
         consume<T, E>(p, ring, staging, warpgroup);
     }
 }

@@ -4,12 +4,13 @@ import struct
 
 from twofour.errors import InputError
 from twofour.jit import driver
-from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, store_chunks
+from twofour.kernels.gemm.contract import Config, Launch, Problem, default, derive, loads_residual, store_chunks
 from twofour.kernels.gemm.source import source
 from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
 from twofour.pattern.pack_sm90 import BLOCK_K
 
-# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned.
+# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned. The residual's tensor map
+# of ResidualGemmParams lies behind it.
 _POINTERS = struct.Struct("<128s128s7Q")
 _SIZES = struct.Struct("<13i10I")
 _PARAMS_BYTES = 448
@@ -67,6 +68,7 @@ class Gemm:
         self._x_box = config.tile_tokens if tuned else 64
         warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
         self._d_box = warpgroup_tokens // store_chunks(config) if tuned and problem.out_dtype != "fp32" else 0
+        self._loads_residual = loads_residual(problem, config)
         e = problem.epilogue
         self._wanted = tuple(name for name, on in (("scale", e.scale), ("bias", e.bias), ("residual", e.residual)) if on)
 
@@ -107,9 +109,12 @@ class Gemm:
         self._launcher.launch(key, lambda: self._params(*key[:-1]), stream)
 
     def _params(self, x: int, weight: int, d: int, scale: int, bias: int, residual: int, workspace: int) -> bytes:
-        """The parameter block `GemmParams` on these addresses."""
+        """The parameter block `GemmParams`, or `ResidualGemmParams`, on these addresses."""
         p = self.problem
         x_map = driver.encode_rows(x, p.tokens, p.inputs, self._x_box, BLOCK_K, p.dtype)
         d_map = driver.encode_rows(d, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype) if self._d_box else bytes(128)
         pointers = _POINTERS.pack(x_map, d_map, weight, d, scale, bias, residual, workspace, x)
-        return (pointers + self._sizes).ljust(_PARAMS_BYTES, b"\0")
+        params = (pointers + self._sizes).ljust(_PARAMS_BYTES, b"\0")
+        if self._loads_residual:
+            params += driver.encode_rows(residual, p.tokens, p.outputs, self._d_box, BOX_OUTPUTS, p.out_dtype)
+        return params

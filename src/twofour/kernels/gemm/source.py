@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from twofour.jit.source import Source, digest, flatten
-from twofour.kernels.gemm.contract import Config, Problem, store_chunks
+from twofour.kernels.gemm.contract import Config, Problem, loads_residual, store_chunks
 
 FOLDER = Path(__file__).parent
 INCLUDE = FOLDER.parent / "include"
@@ -22,17 +22,20 @@ def source(problem: Problem, config: Config) -> Source:
     flags = ", ".join(_flag(f) for f in (e.scale, e.bias, e.residual, e.gated))
     epilogue = f"EpilogueChoice<Activation::{_ACTIVATION[e.activation]}, {flags}, Output::{_OUTPUT[problem.out_dtype]}>"
     sparse, bf16 = _flag(problem.sparse), _flag(problem.dtype == "bf16")
+    params, arguments = "GemmParams", "params"
     if config.kernel == "tuned":
         tile = f"TileChoice<{config.tile_rows}, {config.tile_tokens}, {config.stages}, {store_chunks(config)}, {sparse}, {bf16}>"
         header, threads, call = "gemm_tuned_16bit_sm90.cuh", 384, f"gemm_tuned<{tile}, {epilogue}>"
+        if loads_residual(problem, config):
+            params, arguments = "ResidualGemmParams", "params, &params.residual_map"
     elif config.kernel == "pipelined":
         header, threads, call = "gemm_pipelined_16bit_sm90.cuh", 128, f"gemm_pipelined<{sparse}, {bf16}, {epilogue}>"
     else:
         header, threads, call = "gemm_naive_16bit.cuh", 256, f"gemm_naive<{sparse}, {bf16}, {epilogue}>"
     stub = (
         f'#include "{header}"\n'
-        f'extern "C" __global__ void __launch_bounds__({threads}, 1) gemm(const __grid_constant__ twofour::GemmParams params) {{\n'
-        f"    using namespace twofour;\n    {call}(params);\n}}\n"
+        f'extern "C" __global__ void __launch_bounds__({threads}, 1) gemm(const __grid_constant__ twofour::{params} params) {{\n'
+        f"    using namespace twofour;\n    {call}({arguments});\n}}\n"
     )
     return Source("gemm", flatten(stub, [FOLDER, INCLUDE]))
 

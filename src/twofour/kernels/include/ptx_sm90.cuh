@@ -85,6 +85,11 @@ __device__ __forceinline__ void load_shared(uint32 (&words)[4], uint32 address) 
                  : "memory");
 }
 
+// 9.7.9.8 ld.shared.v2
+__device__ __forceinline__ void load_shared(uint32& low, uint32& high, uint32 address) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "r"(address) : "memory");
+}
+
 // 9.7.9.11 st.shared
 __device__ __forceinline__ void store_shared(uint32 address, uint32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
 __device__ __forceinline__ void store_shared(uint32 address, uint32 low, uint32 high) {
