@@ -1,18 +1,20 @@
 """Runs an engine from several threads with changing batches for a long time; no result may differ, no memory may grow.
 
 Each thread has a stream and calls the engine with batches in its own random order; each result is compared to the bit with the first one
-of that batch, made alone. Device memory and the process' own memory are taken every minute, after the first tenth of the time has passed.
-Prints a line a minute and a verdict; exits with 1 where something differed or grew by more than `--slack` MiB. Needs one Hopper GPU.
+of that batch, made alone. This process' device memory and host memory are taken every minute, after the first tenth of the time has
+passed. Prints a line a minute and a verdict; exits with 1 where something differed or grew by more than `--slack` MiB. Needs a Hopper GPU.
 
     python benchmarks/engine_soak.py model.plan [--minutes 30] [--part 10 --json FILE] [--threads 8] [--batches 1,7,32,100] [--slack 64]
 
-With `--json` the minutes may come in parts, which must all find the same results; memory is judged within each part.
+With `--json` the minutes may come in parts, also side by side, which must all find the same results; memory is judged within each
+part. `--pause` lets a thread wait between calls, at random up to so many milliseconds, where other work shares the GPU.
 """
 
 import argparse
 import datetime
 import hashlib
 import json
+import os
 import random
 import sys
 import threading
@@ -21,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import twofour
 from twofour.files import write_text
+from twofour.jit.driver import bus_id
 from twofour.kernels.launchable import sources_digests
 from twofour.plan import Plan
 from twofour.runtime.memory import resident_bytes
@@ -38,8 +42,8 @@ def say(text: str) -> None:
 class Soak:
     """The engine, its inputs, the results they must give, and what was seen."""
 
-    def __init__(self, engine: Any, batches: list[int]) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, batches: list[int], pause_s: float = 0.0) -> None:
+        self.engine, self.pause_s = engine, pause_s
         self.inputs = {n: tuple(torch.from_numpy(a).cuda() for a in engine.random_inputs(n, seed=n)) for n in batches}
         self.wanted = {n: self.run(n) for n in batches}
         torch.cuda.synchronize()
@@ -69,6 +73,20 @@ class Soak:
                 self.wrong.append(f"thread {seed}, batch {batch}: another result")
             with self._lock:
                 self.calls += 1
+            if self.pause_s:
+                time.sleep(rng.uniform(0.0, self.pause_s))
+
+
+def gpu_bytes() -> int:
+    """Return the device memory of this process, or of all processes where the driver does not tell them apart."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    listed = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByPciBusId(bus_id(0)))
+    if own := [process.usedGpuMemory for process in listed if process.pid == os.getpid() and process.usedGpuMemory]:
+        return int(own[0])
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def record_of(path: Path | None) -> dict[str, Any]:
@@ -100,13 +118,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--batches", default="1,2,7,32,33")
     parser.add_argument("--slack", type=int, default=64, help="MiB that memory may differ")
+    parser.add_argument("--pause", type=float, default=0.0, help="ms, at most, between the calls of a thread")
     parser.add_argument("--json", type=Path, help="where the parts are kept")
     options = parser.parse_args()
     record = record_of(options.json)
     missing = options.minutes - sum(part["minutes"] for part in record["parts"])
     seconds = 60 * max(0.0, missing if options.part is None else min(options.part, missing))
     plan = Plan.load(options.plan)
-    soak = Soak(twofour.load(options.plan), [int(b) for b in options.batches.split(",")])
+    soak = Soak(twofour.load(options.plan), [int(b) for b in options.batches.split(",")], options.pause / 1e3)
     threads = [threading.Thread(target=soak.work, args=(i,)) for i in range(options.threads)]
     for thread in threads:
         thread.start()
@@ -114,10 +133,7 @@ def main() -> None:
     step = min(60.0, seconds / 20)
     while time.perf_counter() - begin < seconds and not soak.wrong:
         time.sleep(step)
-        free, total = torch.cuda.mem_get_info()
-        samples.append(
-            {"s": time.perf_counter() - begin, "gpu_bytes": total - free, "host_bytes": resident_bytes()[0], "calls": soak.calls}
-        )
+        samples.append({"s": time.perf_counter() - begin, "gpu_bytes": gpu_bytes(), "host_bytes": resident_bytes()[0], "calls": soak.calls})
         say(" ".join(f"{name} {value:,.0f}" for name, value in samples[-1].items()))
     soak.stop.set()
     for thread in threads:
@@ -147,12 +163,14 @@ def main() -> None:
         "command": f"python benchmarks/engine_soak.py {options.plan.name} --minutes {options.minutes:g}",
         "threads": options.threads,
         "batches": options.batches,
+        "pause_ms": options.pause,
         "sources": sources_digests(),
     }
-    found = {**joined(record, part, options.minutes), **head}
     say(f"{'passed' if ok else 'FAILED'}: {soak.calls:,} calls from {options.threads} threads in {elapsed:.1f} min")
     if options.json:
-        write_text(options.json, json.dumps(found, indent=1) + "\n")
+        with FileLock(options.json.with_name(f".{options.json.name}.lock")):
+            found = {**joined(record_of(options.json), part, options.minutes), **head}
+            write_text(options.json, json.dumps(found, indent=1) + "\n")
         verdict = "passed" if found["passed"] else "not passed yet"
         say(f"{found['minutes']:.1f} of {options.minutes:g} min in {len(found['parts'])} parts: {verdict}")
     sys.exit(0 if ok else 1)

@@ -16,7 +16,8 @@ and the share of equal top-1 classes; beside it the error of torch's own eager r
 Each network and batch size is measured in a process of its own and its rows are written at once. A second run keeps rows of the same
 kernel sources and library versions, failed ones included unless `--retry-failed`; plans and ONNX files are kept in `--work`. No step
 begins after `--minutes`; the longest (a first build) takes about two. Shards of one file may run at the same time, a GPU each
-(`CUDA_VISIBLE_DEVICES`); each has a timing cache of its own, named after the shard.
+(`CUDA_VISIBLE_DEVICES`); each has a timing cache of its own, named after the shard. `--prepare` only makes the networks and their ONNX
+files, which needs no GPU.
 """
 
 import argparse
@@ -456,6 +457,7 @@ def main() -> None:
     parser.add_argument("--timing-cache", type=Path, help="by default in --work")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--shard", default="1/1", metavar="I/N")
+    parser.add_argument("--prepare", action="store_true", help="only make the networks")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--retry-failed", action="store_true")
     options = parser.parse_args()
@@ -467,6 +469,9 @@ def main() -> None:
     begin = time.time()
     end = None if options.minutes is None else begin + 60 * options.minutes
     run = Run(options.out, options.work, cache, f"python {shlex.join(sys.argv)}", begin, end)
+    if options.prepare:
+        unready = [net for net in dict.fromkeys(group.net for group in groups) if not is_ready(run.folder(net))]
+        sys.exit("\n".join(prepare_all(run, unready).values()) or None)
     rows, sources, installed = engine_rows.read(run.out)["rows"], sources_digests(), versions()
     asked = {"peer": not options.no_peer, "retry_failed": options.retry_failed}
     wanted = {group: engine_rows.missing(group, rows, sources, installed, **asked) for group in groups}

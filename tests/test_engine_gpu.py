@@ -1,5 +1,7 @@
 """Whole networks through build, plan and runtime on a real GPU, against ONNX Runtime in float32 (`pytest -m gpu`)."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,25 @@ from test_engine_assemble import NETWORKS, ROUNDING
 
 import twofour
 from twofour.builder.build import build
+from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
 
 pytestmark = pytest.mark.gpu
 
 CACHE = "timings.json"
 SIZES = [(1, 1), (2, 3), (7, 5), (31, 33), (224, 223), (513, 257)]
+
+
+FEW_PLANS = 2
+
+
+@pytest.fixture
+def few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each library the first plans only: making one takes a core up to a second, and which is fastest is not asked here."""
+
+    def tried(trials: Sequence[Trial], device: int = 0) -> list[Outcome]:
+        return try_plans([replace(trial, most=min(trial.most, FEW_PLANS)) for trial in trials], device)
+
+    monkeypatch.setattr("twofour.builder.tactics.choose.try_plans", tried)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +58,7 @@ def check(path: Path, batches: tuple[int, ...], items: tuple[int, ...], precisio
 
 
 @pytest.mark.parametrize(("name", "precision"), [(name, "fp16") for name in NETWORKS] + [("resnet", "bf16"), ("vit", "bf16")])
+@pytest.mark.usefixtures("few_plans")
 def test_a_network_on_the_gpu_gives_what_onnx_runtime_gives(name: str, precision: str, cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(network(name), path)
@@ -67,6 +84,7 @@ def ragged(height: int, width: int) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.usefixtures("few_plans")
 def test_odd_images_and_ragged_channels(size: tuple[int, int], cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(ragged(*size), path)

@@ -159,6 +159,69 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         import_graph(tmp_path / "x.onnx", 1)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("a = Relu(x) y = Add(a, nowhere)", "is not a readable ONNX file: Add 'Add_1' reads 'nowhere', which nothing gives"),
+        ("a = Add(x, b) b = Relu(a) y = Relu(b)", "is not a readable ONNX file: Graph contains a cycle"),
+        ("y = Relu(x) y = Neg(x)", "is not a readable ONNX file"),
+    ],
+)
+def test_a_graph_that_is_none_is_refused(body: str, message: str, tmp_path: Path) -> None:
+    onnx.save(text_model("float[N,4] x", body), tmp_path / "x.onnx")
+    with pytest.raises(InputError, match=message):
+        Front(tmp_path / "x.onnx")
+
+
+def test_nodes_may_come_in_any_order(tmp_path: Path) -> None:
+    onnx.save(text_model("float[N,4] x", "y = Relu(a) a = Neg(x)"), tmp_path / "x.onnx")
+    assert kinds(Front(tmp_path / "x.onnx").graph(2)) == ["Neg", "Relu"]
+
+
+def shaped(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("body", "arrays", "message"),
+    [
+        ("y = Conv(x, w)", {"w": shaped(8, 5, 3, 3)}, r"Conv \(Conv_0\): its weight is for 1 groups of 5 channels, its input has 4"),
+        ("y = Conv <group=2> (x, w)", {"w": shaped(7, 2, 3, 3)}, "its 7 outputs are no multiple of its 2 groups"),
+        ("y = Conv(x, w, b)", {"w": shaped(8, 4, 3, 3), "b": shaped(7)}, r"its bias has \[7\] values, expected 8"),
+        ("y = Conv <kernel_shape=[5,5]> (x, w)", {"w": shaped(8, 4, 3, 3)}, r"kernel_shape is \[5, 5\], its weight's \[3, 3\]"),
+        ("f = Flatten(x) y = Gemm(f, w, b)", {"w": shaped(256, 3), "b": shaped(5)}, r"its bias of shape \[5\] cannot be added to \[2, 3\]"),
+        ("y = PRelu(x, w)", {"w": shaped(3, 1, 1)}, r"its slope of shape \[3, 1, 1\] does not fit \[2, 4, 8, 8\]"),
+        ("y = LayerNormalization(x, w)", {"w": shaped(5)}, r"its scale or bias of shape \[5\] does not fit \[8\]"),
+        ("y = InstanceNormalization(x, w, w)", {"w": shaped(5)}, r"its vectors have \[5\] values, its input 4 channels"),
+        ("y = Reshape(x, s)", {"s": np.array([0, 3])}, r"\[2, 4, 8, 8\] cannot become \[2, 3\]"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(body: str, arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(InputError, match=f"import: 'test' cannot be computed: .*{message}; export the model again"):
+        small("float[2,4,8,8] x", body, **arrays)
+
+
+def test_outputs_that_nothing_computes_and_inputs_of_text_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="output 'x' of 'test' is an input or a constant itself; leave it out"):
+        small("float[2,4] x", "y = Relu(x)", "float[] y, float[2,4] x")
+    with pytest.raises(UnsupportedError, match="'test' lists the output 'y' twice; leave one out"):
+        small("float[2,4] x", "y = Relu(x)", "float[] y, float[] y")
+    with pytest.raises(UnsupportedError, match="input 'x' of 'test' is string, expected one of bfloat16, bool"):
+        small("string[2,4] x", "y = Identity(x)", "string[] y")
+
+
+def test_what_not_even_fallback_runs_is_refused() -> None:
+    proto = text_model("float[2,4] x", "a = NonZero(x) y = Cast <to=1> (a)")
+    with pytest.raises(
+        UnsupportedError, match=r"2 nodes that fallback cannot run either: NonZero \(NonZero_0\) with its output's size is not"
+    ):
+        imported(proto, fallback=True)
+    proto = text_model("float[2,4] x", "y = Relu(x)")
+    proto.graph.node[0].domain = "my"
+    with pytest.raises(UnsupportedError, match=r"1 nodes that fallback cannot run either: my.Relu \(Relu_0\)"):
+        imported(proto, fallback=True)
+
+
 def test_evaluation_refuses_what_does_not_fit() -> None:
     model = small("float[2,3] x", "y = Relu(x)")
     with pytest.raises(InputError, match=r"input 'x' is missing, got \[\]"):

@@ -69,6 +69,12 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
         ("float[2,3] x", "y = Add(x, x)", {}),
     ),
     "dead code: identity": (passes.DeadCode, (ROWS, "a = Identity(x) y = Relu(a)", {}), ["Relu"], (ROWS, "y = Relu(x)", {})),
+    "dead code: dropout in front of an output": (
+        passes.DeadCode,
+        (ROWS, "y = Dropout(x)", {}),
+        ["Identity"],
+        (ROWS, "y = Identity(x)", {}),
+    ),
     "dead code: a view of the same shape": (
         passes.DeadCode,
         (ROWS, "a = Reshape(x, s) b = Transpose <perm=[0,1]> (a) y = Relu(b)", {"s": i(3, 4)}),
@@ -326,6 +332,7 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
         ["View", "Patches", "Conv", "Conv", "Concat", "Pool", "View", "Copy"],
         (IMAGE, "y = Conv(x, w)", {"w": normal(8, 4, 1, 1)}),
     ),
+    "an input as an output": (passes.Identities, (ROWS, "y = Identity(x)", {}), ["Copy"], (ROWS, "a = Identity(x) y = Relu(a)", {})),
     "precision": (
         passes.Precision,
         ("float[3,8] x", "y = MatMul(x, w)", {"w": normal(8, 16)}),
@@ -354,6 +361,26 @@ def test_a_pass_leaves_alone_what_is_not_its_own(name: str) -> None:
     was = kinds(model)
     assert not applied(passes.Precision("fp16") if step is passes.Precision else step(), model, EXACT)
     assert kinds(model) == was
+
+
+def test_outputs_that_show_another_value_are_written() -> None:
+    body = "t = Transpose <perm=[0,2,3,1]> (x) a = Relu(t) b = Identity(a) c = Dropout(x) d = Reshape(x, s)"
+    model = small(IMAGE, body, "float[] a, float[] b, float[] c, float[] d", s=i(0, -1))
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+    for name, found in run_lowered(lowered, feeds).items():
+        np.testing.assert_array_equal(found.reshape(wanted[name].shape), wanted[name])
+
+
+@pytest.mark.parametrize("body", ["y = Conv(x, w)", "t = Transpose <perm=[0,2,3,1]> (x) y = MatMul(t, m)"])
+def test_a_weight_that_fp16_cannot_hold_is_refused(body: str) -> None:
+    constants = {"w": W11 * np.float32(1e6), "m": M48 * np.float32(1e6)}
+    with pytest.raises(
+        UnsupportedError, match=r"build: the weight of '\w+' holds [\d.e+]+, fp16 ends at 65504; build with another precision"
+    ):
+        lower(passes.prepare(small(IMAGE, body, **constants), "fp16"), 2, "fp16")
+    assert lower(passes.prepare(small(IMAGE, body, **constants), "bf16"), 2, "bf16").calls
 
 
 def test_constants_fold_through_shapes() -> None:

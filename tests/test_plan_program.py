@@ -1,7 +1,9 @@
 """A GPU plan survives its file; each kind of damage is refused in one sentence; thousands of random ones do nothing else."""
 
+import copy
 import dataclasses
 import json
+import random
 import struct
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from twofour.plan.program import Value
 from twofour.plan.record import KEY, cubin_name
 
 sys.path.insert(0, str(Path(__file__).parent / "attacks"))
-from plan_mutations import attack, peak_of_loading, with_header
+from plan_mutations import CHOSEN, attack, damage, peak_of_loading, places, with_header
 from plan_samples import CHANNELS, plan, program
 
 
@@ -178,6 +180,13 @@ def test_thousands_of_damaged_plans_load_or_are_refused(tmp_path: Path) -> None:
     assert loaded + refused == 1500
     assert loaded > 10
     assert refused > 750
+
+
+def test_a_damage_leaves_what_the_next_ones_choose_from() -> None:
+    before, whole, rng = json.dumps(CHOSEN), {"a": {"b": [1]}}, random.Random(0)
+    for _ in range(3000):
+        json.dumps(damage(copy.deepcopy(whole), places(whole), rng))
+    assert json.dumps(CHOSEN) == before
 
 
 def test_a_description_that_claims_terabytes_allocates_none(file: Path) -> None:

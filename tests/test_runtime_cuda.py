@@ -1,6 +1,7 @@
 """The GPU backend's bookkeeping on a GPU made of host memory: segments, graphs, buffers, batches, threads, DLPack."""
 
 import ctypes
+import dataclasses
 import gc
 import threading
 from typing import Any
@@ -226,6 +227,16 @@ def test_a_profile_has_a_row_a_step() -> None:
 def test_wrong_inputs_are_one_sentence(make: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         backend().call(make())
+
+
+def test_an_output_of_the_whole_batch_is_not_computed_from_parts() -> None:
+    source = plan()
+    whole = dataclasses.replace(source, outputs=(dataclasses.replace(source.outputs[0], shape=(4, CHANNELS)),))
+    engine = backend(whole)
+    assert engine.call([images(4)]).shape == (4, CHANNELS)
+    for items in (3, 5):
+        with pytest.raises(InputError, match=f"batch {items} was given, and output 'y' is of the whole batch, expected one of "):
+            engine.call([images(items)])
 
 
 def test_streams_of_all_kinds() -> None:

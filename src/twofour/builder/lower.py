@@ -13,10 +13,13 @@ from twofour.builder.memory import Buffer
 from twofour.builder.passes import fold, prepare
 from twofour.builder.passes.fallback import Fallbacks
 from twofour.builder.storage import Place, Storage
+from twofour.errors import UnsupportedError
 from twofour.exchange.importer import prepare_model
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.kernels.operands import DTYPE_BYTES
 from twofour.pattern import count_groups
+
+LARGEST = {"fp16": 65504.0, "bf16": (2 - 2.0**-7) * 2.0**127}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def lower(model: ir.Model, batch: int, precision: str) -> Lowered:
     """Return the layers of a graph that `prepare` has fused.
 
     Raises:
-        UnsupportedError: a value has a type that the engine lacks.
+        UnsupportedError: a value has a type that the engine lacks, or a weight is too large for the precision.
     """
     graph = model.graph
     storage = Storage(graph)
@@ -104,6 +107,8 @@ def lower(model: ir.Model, batch: int, precision: str) -> Lowered:
         if not is_fused(node, "View"):
             emitter.emit(node)
     calls = tuple(_described(*item) for item in emitter.calls)
+    for call in calls:
+        refuse_overflow(call, precision)
     roots = {place.root for place in emitter.places.values()}
     constants = {
         str(value.name): np.asarray(value.const_value.numpy())
@@ -119,6 +124,20 @@ def lower(model: ir.Model, batch: int, precision: str) -> Lowered:
         emitter.places.setdefault(str(value.name), place)
         outputs.append(place.root)
     return Lowered(batch, precision, calls, emitter.places, inputs, tuple(outputs), names, constants)
+
+
+def refuse_overflow(call: LayerCall, precision: str) -> None:
+    """Do nothing if the precision holds the layer's weight: in fp16 what is too large would become infinite.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    largest = 0.0 if call.weight is None else float(np.abs(call.weight).max(initial=0.0))
+    if largest > LARGEST[precision]:
+        raise UnsupportedError(
+            f"build: the weight of {call.name!r} holds {largest:.3g}, {precision} ends at {LARGEST[precision]:.6g}; "
+            "build with another precision, or look for a batch-norm with a variance near zero"
+        )
 
 
 def _described(node: ir.Node, family: str, problem: Any, operands: dict[str, str], why_no_kernel: str) -> LayerCall:

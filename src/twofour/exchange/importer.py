@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from twofour.errors import InputError, UnsupportedError
+from twofour.exchange.fits import why_ill_formed
 from twofour.exchange.gathers import spread_gathers
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.exchange.support import NO_OPERATOR, why_unsupported
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 SHAPE_OF_INPUT = frozenset({"GroupNormalization", "RMSNormalization", "Swish", "HardSwish", "Mish", "Gelu", "Celu"})
 LARGEST_BATCH = 2**31 - 1
 OLDEST_OPSET, NEWEST_OPSET = 13, 24
+INTEGRAL = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL})
 FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 # Folds a graph's constants and returns whether anything changed; the builder gives its own, so that shapes that are computed become known.
 Fold = Callable[[ir.Model], bool]
@@ -39,12 +41,16 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
     Raises:
-        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic.
+        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic, or
+            an input holds what is no number.
     """
     symbols = set()
     for value in model.graph.inputs:
         if value.shape is None or value.dtype is None:
             raise InputError(f"import: input {value.name!r} of {where!r} has no type or shape; export the model with both")
+        if value.dtype not in FLOATING | INTEGRAL:
+            known = ", ".join(sorted(kind.name.lower() for kind in FLOATING | INTEGRAL))
+            raise UnsupportedError(f"import: input {value.name!r} of {where!r} is {value.dtype.name.lower()}, expected one of {known}")
         sizes: list[int] = []
         for axis, size in enumerate(value.shape):
             if isinstance(size, int):
@@ -64,6 +70,19 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
         raise InputError(
             f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
         )
+
+
+def refuse_bare_outputs(model: ir.Model, where: str) -> None:
+    """Do nothing if every output is computed by a node, and given once.
+
+    Raises:
+        UnsupportedError: one is an input or a constant itself, or listed twice.
+    """
+    for index, value in enumerate(model.graph.outputs):
+        if value.producer() is None:
+            raise UnsupportedError(f"import: output {value.name!r} of {where!r} is an input or a constant itself; leave it out")
+        if any(value is other for other in model.graph.outputs[:index]):
+            raise UnsupportedError(f"import: {where!r} lists the output {value.name!r} twice; leave one out")
 
 
 def to_fp32(model: ir.Model) -> None:
@@ -136,6 +155,40 @@ def refuse_missing(model: ir.Model, where: str, found: dict[str, list[str]] | No
         )
 
 
+def named(node: ir.Node, index: int) -> str:
+    """Return how a sentence speaks of a node."""
+    return f"{node.op_type} ({node.name or f'node {index}'})"
+
+
+def refuse_ill_formed(model: ir.Model, where: str) -> None:
+    """Do nothing if the operands of every node fit each other.
+
+    Raises:
+        InputError: those of one do not.
+    """
+    for index, node in enumerate(model.graph):
+        reason = why_ill_formed(node)
+        if reason:
+            raise InputError(f"import: {where!r} cannot be computed: {named(node, index)}: {reason}; export the model again")
+
+
+def refuse_hopeless(model: ir.Model, where: str) -> None:
+    """Do nothing if what the engine lacks can be run by ONNX Runtime.
+
+    Raises:
+        UnsupportedError: nodes are of a domain of their own, or the size of what they give is not known before they run.
+    """
+    hopeless = []
+    for index, node in enumerate(model.graph):
+        used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+        if node.domain not in ("", "ai.onnx", "twofour"):
+            hopeless.append(f"{node.domain}.{named(node, index)}")
+        elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
+            hopeless.append(f"{named(node, index)} with its output's size is not known before it runs")
+    if hopeless:
+        raise UnsupportedError(f"import: {where!r} has {len(hopeless)} nodes that fallback cannot run either: {'; '.join(hopeless)}")
+
+
 def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
     """Return the ONNX model at `path` as an fp32 graph whose every shape is static for `batch`.
 
@@ -161,6 +214,7 @@ def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None 
         common.InlinePass()(model)
     common.RemoveInitializersFromInputsPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    refuse_bare_outputs(model, where)
     with_batch(model, batch, where)
     to_fp32(model)
     forget_shapes(model)
@@ -169,6 +223,9 @@ def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None 
     infer_shapes(model, fold)
     if spread_gathers(model):
         infer_shapes(model, fold)
-    if not fallback:
+    refuse_ill_formed(model, where)
+    if fallback:
+        refuse_hopeless(model, where)
+    else:
         refuse_missing(model, where)
     return model

@@ -108,6 +108,20 @@ def inspect_model(model: ir.Model, path: str, kind: str) -> Inspection:
     return Inspection(path, kind, tuple(weights), notes)
 
 
+def in_order(model: ir.Model) -> ir.Model:
+    """Return `model`, its nodes sorted so that each comes behind what it reads.
+
+    Raises:
+        ValueError: a node reads what nothing gives, or its own output.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.inputs:
+            if value is not None and value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+                raise ValueError(f"{node.op_type} {node.name!r} reads {value.name!r}, which nothing gives")
+    model.graph.sort()
+    return model
+
+
 def parse_onnx(data: bytes, where: str) -> ir.Model:
     """Return the ONNX model in `data`.
 
@@ -121,11 +135,11 @@ def parse_onnx(data: bytes, where: str) -> ir.Model:
         proto = onnx.load_model_from_string(data)
         if not proto.graph.node:
             raise InputError(f"{where!r} holds no ONNX graph; expected a model file")
-        model = ir.from_proto(proto)
+        model = in_order(ir.from_proto(proto))
         if any(True for _ in external_tensors(model)):
             raise InputError(f"{where!r} refers to other files, expected all tensors inside; build the plan again")
         return model
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where!r} is not a readable ONNX file: {error}") from error
@@ -232,8 +246,8 @@ def parse_onnx_file(path: Path) -> ir.Model:
             raise InputError(f"{str(path)!r} holds no ONNX graph; expected a model file")
         for tensor, put in list(external_tensors(model)):
             put(ir.Tensor(read_external(tensor, path), name=tensor.name))
-        return model
-    except (DecodeError, ValueError, TypeError, KeyError, OSError) as error:
+        return in_order(model)
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(path)!r} is not a readable ONNX file: {error}") from error

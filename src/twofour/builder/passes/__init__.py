@@ -10,6 +10,7 @@ from twofour.builder.passes.constants import FoldConstants, fold
 from twofour.builder.passes.dead_code import DeadCode
 from twofour.builder.passes.elementwise import Elementwise
 from twofour.builder.passes.epilogues import Epilogues
+from twofour.builder.passes.identities import Identities
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.layout import Layout
 from twofour.builder.passes.linear import Linears
@@ -37,6 +38,7 @@ __all__ = [
     "FoldScales",
     "FusePointwise",
     "GatherPatches",
+    "Identities",
     "Layout",
     "Linears",
     "MergeShortcuts",
@@ -52,11 +54,11 @@ __all__ = [
 
 
 def pipeline(precision: str) -> list[Rewrite]:
-    """Return the passes in their order: recognise, fold, lay out, fuse, place, type."""
+    """Return the passes in their order: recognise, fold, lay out, fuse, place, copy, type."""
     recognise = [FoldConstants(), DeadCode(), Activations(), Norms(), BatchNorms(), FoldPads(), Attentions(), Linears(), FoldScales()]
     lay_out = [SqueezeExcite(), Layout(), Elementwise(), SinkTransposes()]
-    fuse = [Epilogues(), FusePointwise(), MergeShortcuts(), GatherPatches(), WidenChannels(), ConcatInPlace(), Precision(precision)]
-    return [*recognise, *lay_out, *fuse]
+    fuse = [Epilogues(), FusePointwise(), MergeShortcuts(), GatherPatches(), WidenChannels()]
+    return [*recognise, *lay_out, *fuse, ConcatInPlace(), Identities(), Precision(precision)]
 
 
 def prepare(model: ir.Model, precision: str) -> ir.Model:

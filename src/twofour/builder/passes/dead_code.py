@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import attribute, constant_of, is_op, nodes_of, replace, shape_of
+from twofour.builder.graph import attribute, constant_of, is_op, make_identity, nodes_of, replace, shape_of
 from twofour.builder.passes.infra import Rewrite
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Concat", "Tile", "Pad", "AveragePool", "MaxPool", "Resize")
@@ -12,7 +12,7 @@ VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Slice", "Conca
 class DeadCode(Rewrite):
     """Removes nodes without effect; those nobody reads go with every pass.
 
-    1. Identity; Dropout, which does nothing at run time.
+    1. Identity; Dropout, which does nothing at run time. Where an output shows an input or another output, an Identity stays.
     2. A cast between floating types: the graph is fp32, precision is chosen later.
     3. A view or copy whose output has its input's shape (a one-tensor Concat, an empty Pad, a Slice of everything).
     4. A Transpose that keeps the order.
@@ -26,6 +26,10 @@ class DeadCode(Rewrite):
             if source is None or not self._does_nothing(node, source):
                 continue
             if node.outputs[0].is_graph_output() and (source.producer() is None or source.is_graph_output()):
+                if is_op(node, "Dropout"):
+                    replace(graph, node.outputs[0], make_identity(graph, node.outputs[0], source))
+                    graph.remove(node, safe=True)
+                    count += 1
                 continue
             replace(graph, node.outputs[0], source)
             graph.remove(node, safe=True)

@@ -183,6 +183,7 @@ class CudaBackend:
         where = self._stream(inputs[0], stream, context)
         given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
         items = self._items(given_inputs)
+        self._refuse_parts(items)
         context.order(where)
         results = self._results(inputs[0], items, given_inputs[0].address is None)
         for chunk in chunks(items, sorted(self._programs)):
@@ -255,6 +256,20 @@ class CudaBackend:
         if 0 in found:
             raise InputError("engine: the batch is empty, expected at least one item")
         return int(found.pop() if found else next(iter(self._programs)))
+
+    def _refuse_parts(self, items: int) -> None:
+        """Do nothing if the items run as one whole batch, or every output has a part for each item.
+
+        Raises:
+            InputError: an output is of the batch as a whole, so that neither parts of a batch nor padding give it.
+        """
+        whole = [spec.name for spec in self.plan.outputs if not spec.shape or spec.shape[0] is not None]
+        batched = any(spec.shape and spec.shape[0] is None for spec in self.plan.inputs)
+        if whole and batched and items not in self._programs:
+            raise InputError(
+                f"engine: batch {items} was given, and output {whole[0]!r} is of the whole batch, "
+                f"expected one of {sorted(self._programs)}; build the plan for that size"
+            )
 
     @staticmethod
     def _shape(spec: ValueSpec, items: int) -> tuple[int, ...]:
