@@ -26,8 +26,8 @@ class Launchable(Protocol):
         ...
 
 
-# NOTE: our kernels wait for the grid before them on their own (griddepcontrol.wait) and so may be launched while it drains; in a chain of short
-# steps that hides a part of each launch. A library's kernels start when what came before has ended.
+# NOTE: our kernels wait for the grid before them on their own (griddepcontrol.wait) and so may be launched while it drains; in a chain of
+# short steps that hides a part of each launch. A library's kernels start when what came before has ended.
 _OVERLAP = True
 
 

@@ -170,7 +170,7 @@ def staging_buffers(problem: Problem, config: Config) -> int:
 
 
 def staging_bytes(problem: Problem, config: Config) -> int:
-    """Return the bytes in which 16-bit outputs wait for the copy engine, half a tile of D a buffer; none for fp32, stored from registers."""
+    """Return the bytes in which 16-bit outputs wait for the copy engine, half a tile of D a buffer; none for fp32, which is not staged."""
     if problem.out_dtype == "fp32":
         return 0
     half = config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)

@@ -9,8 +9,8 @@ from twofour.kernels.gemm.source import source
 from twofour.kernels.loading import divisor, kernel, refuse_other_gpus
 from twofour.pattern.pack_sm90 import BLOCK_K
 
-# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned. The residual's tensor map
-# of ResidualGemmParams lies behind it.
+# struct GemmParams of gemm_common_16bit.cuh: two tensor maps, 7 pointers, 13 integers, 5 divisors; 64-byte aligned. The residual's tensor
+# map of ResidualGemmParams lies behind it.
 _POINTERS = struct.Struct("<128s128s7Q")
 _SIZES = struct.Struct("<13i10I")
 _PARAMS_BYTES = 448
