@@ -13,6 +13,18 @@ NAMES = "channels height out_height top left column_stride images columns box_co
 NAMES += " stage_bytes box_bytes total"
 
 
+def unpack_weight(p: Problem, packed: Array) -> Array:
+    """The weight `[outputs, 3, 3, inputs / groups]` that `pack_weight` packed, value by value by the formula in its docstring."""
+    depth, size, n = p.inputs // p.groups, unit(p), eights(unit(p))
+    words = packed.reshape(-1, SLAB // (8 * n), weight_words(size) // 4, 32, 4, 2)
+    halves = 1 if size == 8 else 2
+    o, r, s, c = np.indices((p.outputs, TAPS, TAPS, depth))
+    place = o % size // depth * depth + c  # in its unit
+    k, half, rest = place // (8 * halves), place // 8 % halves, place % 8
+    word = (((3 * r + s) * (size // (8 * halves)) + k) * n + o // 8 % n) * halves + half
+    return np.asarray(words[o // SLAB, o % SLAB // (8 * n), word // 4, o % 8 * 4 + rest // 2, word % 4, rest % 2])
+
+
 def matrices(shared: Array, addresses: Array) -> Array:
     """`ldmatrix.x4`: `[4 registers, 32 lanes, 2]` of the rows of 8 elements at the lanes' addresses (in elements)."""
     assert (addresses % 8 == 0).all()

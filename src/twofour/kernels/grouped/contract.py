@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 40  # from image to image, a limit of tensor maps
 MOST_CANDIDATES = 4
 # Unit -> (warps that share channels, tiles of 16 pixels of each, blocks a multiprocessor): what the registers hold without spilling.
 SHAPES = {
-    8: ((1, 4, 2), (2, 4, 1), (1, 2, 3)),
+    8: ((1, 4, 2), (2, 4, 1), (1, 2, 2)),
     16: ((2, 2, 2), (1, 4, 2), (2, 4, 1), (1, 2, 3)),
     32: ((2, 4, 1), (1, 4, 2), (2, 2, 1), (1, 2, 2)),
     64: ((2, 2, 1), (1, 2, 1)),
@@ -144,9 +144,9 @@ def _sizes(p: Problem, c: Config) -> Launch:
     # A block starts with equal registers a thread; where they do not suffice, the moving threads give theirs to the others.
     start = min(MOST_REGISTERS, 65536 // (c.blocks * threads) // 8 * 8)
     registers = min(MOST_REGISTERS, (start * threads - MOVING_REGISTERS * MOVING_THREADS) // multiplying // 8 * 8)
-    registers = 0 if unit(p) == 8 else registers
+    registers = 0 if unit(p) == 8 or start == MOST_REGISTERS else registers
     out_bytes = 16 * c.warps * c.tiles * LINE_BYTES
-    shared = c.stages * stage_bytes + OUT_BUFFERS * out_bytes + 8 * (2 * c.stages + OUT_BUFFERS)
+    shared = c.stages * stage_bytes + OUT_BUFFERS * out_bytes + 8 * 2 * (c.stages + OUT_BUFFERS)
     # Only whether a warp has its last tile (of units of 8, its last two) is looked up while the kernel runs.
     total = max(_ceil(c.images * c.columns, 16), c.warps * (c.tiles - (2 if unit(p) == 8 else 1)) + 1)
     total = c.tiles if c.warps == 1 else total

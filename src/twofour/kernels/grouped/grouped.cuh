@@ -105,9 +105,10 @@ struct Grouped {
     // Addresses in shared memory.
     const uint32 stages;
     const uint32 outs;
-    const uint32 full;   // [stages] barriers: the stage's rows have come
-    const uint32 done;   // [stages] barriers: every warp has read them, and written its part of the output row
-    const uint32 free;   // [kOutBuffers] barriers: the buffer's row has left
+    const uint32 full;     // [stages] barriers: the stage's rows have come
+    const uint32 done;     // [stages] barriers: every warp has read them
+    const uint32 written;  // [kOutBuffers] barriers: every warp has written its part of an output row
+    const uint32 free;     // [kOutBuffers] barriers: the row has left
 
     __device__ __forceinline__ Grouped(const GroupedParams& params, uint32 shared, int number)
         : p(params),
@@ -118,11 +119,12 @@ struct Grouped {
           outs(shared + params.stages * params.stage_bytes),
           full(outs + kOutBuffers * C::kOutBytes),
           done(full + 8 * params.stages),
-          free(done + 8 * params.stages) {}
+          written(done + 8 * params.stages),
+          free(written + 8 * kOutBuffers) {}
 
     __device__ __forceinline__ void prepare() const {
         for (int i = 0; i < p.stages; ++i) barrier_init(full + 8 * i, 1), barrier_init(done + 8 * i, C::kWarps);
-        for (int i = 0; i < kOutBuffers; ++i) barrier_init(free + 8 * i, 1);
+        for (int i = 0; i < kOutBuffers; ++i) barrier_init(written + 8 * i, C::kWarps), barrier_init(free + 8 * i, 1);
         barrier_init_fence();
     }
 
@@ -139,28 +141,30 @@ struct Grouped {
         prefetch_map(loading ? &p.x : &p.y);
         Place at;
         at.begin(p, first_item);
-        int stage = 0, out = 0;
+        const int places = loading ? p.stages : kOutBuffers;
+        int place = 0;  // stage or buffer
         uint32 phase = loading;
         do {
-            barrier_wait(done + 8 * stage, phase);
-            const int row = staged_row(at.first_row, at.step);
             if (loading) {
-                const uint32 barrier = full + 8 * stage;
+                barrier_wait(done + 8 * place, phase);
+                const int row = staged_row(at.first_row, at.step);
+                const uint32 barrier = full + 8 * place;
                 if (row + C::kStride > 0 && row < p.height) {
                     barrier_arrive_expecting(barrier, p.box_bytes);
-                    copy_box(stages + stage * p.stage_bytes, &p.x, slab * kSlab, at.column * p.column_stride - p.left, row, at.image, barrier);
+                    copy_box(stages + place * p.stage_bytes, &p.x, slab * kSlab, at.column * p.column_stride - p.left, row, at.image, barrier);
                 } else {
                     barrier_arrive(barrier);  // rows of padding alone are not multiplied
                 }
-            } else if (at.step >= C::kLag) {
-                const int finished = at.first_row + at.step - C::kLag;
-                if (finished < p.out_height) store_box(&p.y, outs + out * C::kOutBytes, slab * kSlab, at.column, finished, at.image);
+            } else {
+                if (at.step < C::kLag) continue;
+                barrier_wait(written + 8 * place, phase);
+                const int row = at.first_row + at.step - C::kLag;
+                if (row < p.out_height) store_box(&p.y, outs + place * C::kOutBytes, slab * kSlab, at.column, row, at.image);
                 store_commit();
                 store_wait_read<0>();
-                barrier_arrive(free + 8 * out);
-                out ^= 1;
+                barrier_arrive(free + 8 * place);
             }
-            if (++stage == p.stages) stage = 0, phase ^= 1;
+            if (++place == places) place = 0, phase ^= 1;
         } while (at.advance(p, steps));
     }
 
@@ -329,14 +333,16 @@ struct Grouped {
                 clear(w, kTurn);
             }
         }
+        __syncwarp();
+        if (w.speaks) barrier_arrive(done + 8 * now.stage);
         if (number >= C::kLag) {
             const int out = now.rows % kOutBuffers;
             barrier_wait(free + 8 * out, now.rows / kOutBuffers % 2 ^ 1);
             finish(w, (kTurn + 1) % C::kSets, out);
+            __syncwarp();
+            if (w.speaks) barrier_arrive(written + 8 * out);
             ++now.rows;
         }
-        __syncwarp();
-        if (w.speaks) barrier_arrive(done + 8 * now.stage);
         if (++now.stage == p.stages) now.stage = 0, now.phase ^= 1;
     }
 
