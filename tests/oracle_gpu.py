@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from fake_gpu import FakeGpu, FakeStep, array_at, read
+from grouped_emulation import unpack_weight
 from numpy.lib.stride_tricks import as_strided
 
 from twofour.builder.lower import LayerCall, Lowered
@@ -64,6 +65,9 @@ class OracleStep(FakeStep):
         bias = self._values(found, "bias") if p.epilogue.bias else None
         y = gemm(x, weight, sparse=p.sparse, activation=p.epilogue.activation, bias=bias, residual=residual)
         found["d"][...] = rounded(y, p.out_dtype).ravel()
+
+    def _grouped(self, p: Any, found: dict[str, np.ndarray]) -> None:
+        self._conv(p, {**found, "weight": unpack_weight(p, found["weight"])})
 
     def _conv(self, p: Any, found: dict[str, np.ndarray]) -> None:
         def image(name: str, height: int, width: int, channels: int, pitch: int | None) -> np.ndarray:

@@ -113,6 +113,16 @@ def test_forced_sparsity_makes_every_eligible_layer_sparse(tmp_path: Path) -> No
     assert np.isfinite(backend.call([np.zeros(shape, np.float32)])).all()
 
 
+def test_grouped_convolutions_run_packed(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("resnet"), path)
+    plan, rows = assembled(path, (1,), "fp16")
+    steps = [step for step in plan.programs[0].steps if step.family == "grouped"]
+    assert {step.problem.inputs // step.problem.groups for step in steps} == {8, 16, 32, 64}
+    assert {step.problem.strides for step in steps} == {(1, 1), (2, 2)}
+    assert sum(row.winner.startswith("twofour grouped ") for row in rows) == len(steps)
+
+
 def test_equal_weights_of_two_batch_sizes_are_held_once(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(network("resnet"), path)

@@ -55,6 +55,7 @@ PROBLEMS = [
     ("pool", pool.Problem(2, 112, 112, 64, "max", (3, 3), (2, 2), (1, 1, 1, 1))),
     ("resize", pool.ResizeProblem(2, 33, 33, 21, 129, 129, scales=(3.9, 3.9))),
     ("patches", patches.Problem(2, 224, 224, 3, 115, 115, 16, (150528, 224, 1, 50176), (2, 2), 4, 4)),
+    ("grouped", conv.Problem(2, 14, 14, 128, 128, (3, 3), pads=(1, 1, 1, 1), groups=4, epilogue=conv.Epilogue("relu", bias=True))),
     ("reduce", reduce.Problem(3, 49, "mean", inner=2048)),
     ("pointwise", program(4).steps[1].problem),
 ]

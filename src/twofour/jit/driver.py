@@ -134,21 +134,31 @@ def encode_rows(pointer: int, rows: int, columns: int, box_rows: int, box_column
         raise InputError(
             f"a matrix lies at address {pointer:#x} with {columns} columns, expected 16-byte aligned rows; copy it to a fresh tensor"
         )
+    return encode_boxes(pointer, [columns, rows], [columns * 2], [box_columns, box_rows], dtype, promotion=256)
+
+
+def encode_boxes(pointer: int, sizes: Sequence[int], pitches: Sequence[int], box: Sequence[int], dtype: str, promotion: int = 128) -> bytes:
+    """Return the 128-byte tensor map of a 16-bit tensor, 128-byte swizzled boxes, zeros outside.
+
+    Args:
+        sizes: elements, the innermost axis first. pitches: bytes along each axis but the innermost. box: elements. promotion: bytes that
+            the L2 fetches at once, 128 or 256.
+    """
     d = bindings()
     u64, u32 = d.cuuint64_t, d.cuuint32_t
-    kind = d.CUtensorMapDataType
+    kind, promote = d.CUtensorMapDataType, d.CUtensorMapL2promotion
     encoded = check(
         d.cuTensorMapEncodeTiled(
             kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == "bf16" else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            2,
+            len(sizes),
             pointer,
-            [u64(columns), u64(rows)],
-            [u64(columns * 2)],
-            [u32(box_columns), u32(box_rows)],
-            [u32(1), u32(1)],
+            [u64(size) for size in sizes],
+            [u64(pitch) for pitch in pitches],
+            [u32(size) for size in box],
+            [u32(1)] * len(sizes),
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            promote.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if promotion == 256 else promote.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         "encoding a tensor map",
