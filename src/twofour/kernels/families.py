@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
+
 from twofour.errors import InputError, nearest
 from twofour.kernels.attention import contract as attention
 from twofour.kernels.conv import contract as conv
@@ -31,6 +33,7 @@ class Family:
         footprints: what a launch of a problem by a library touches, by operand name.
         why_not: the legality rule of our kernels. candidates: their configs for a problem and a number of multiprocessors.
         launcher: of a plain family, the module under `kernels` and the class in its `launch` that prepares a step.
+        pack: of a plain family with a weight, the weight as its kernels read it; both as the bits of the problem's type. None: as it is.
     """
 
     problem: type
@@ -40,6 +43,7 @@ class Family:
     why_not: Callable[[Any, Any], str | None] | None = None
     candidates: Callable[[Any, int], Sequence[Any]] | None = None
     launcher: tuple[str, str] | None = None
+    pack: Callable[[Any, npt.NDArray[Any]], npt.NDArray[Any]] | None = None
 
 
 def _plain(contract: Any, folder: str, launcher: str, problem: type | None = None) -> Family:
@@ -52,6 +56,7 @@ def _plain(contract: Any, folder: str, launcher: str, problem: type | None = Non
         contract.why_not,
         contract.candidates,
         (folder, launcher),
+        getattr(contract, "pack_weight", None),
     )
 
 
@@ -89,6 +94,8 @@ FAMILIES = {
     "reduce": _plain(reduce, "reduce", "Reduce"),
     "patches": _plain(patches, "patches", "Patches"),
 }
+# Family -> the others in whose terms a problem of it may be computed, each with what restates the problem, None where it cannot.
+RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {"conv": {"gemm": conv.as_gemm}}
 
 
 def family(name: str) -> Family:
@@ -101,6 +108,12 @@ def family(name: str) -> Family:
     if found is None:
         raise InputError(f"family {name!r} is not one of {', '.join(FAMILIES)}{nearest(str(name), FAMILIES)}")
     return found
+
+
+def restated(name: str, problem: Any) -> dict[str, Any]:
+    """Return `problem` of family `name` in the terms of each other family that can state it, by that family's name."""
+    found = {other: restate(problem) for other, restate in RESTATEMENTS.get(name, {}).items()}
+    return {other: stated for other, stated in found.items() if stated is not None}
 
 
 def bias_dtype(library: str, dtype: str) -> str:

@@ -11,7 +11,6 @@ from twofour.builder.graph import Array
 from twofour.builder.lower import LayerCall
 from twofour.builder.tactics.untrusted import Outcome, Trial
 from twofour.kernels import families
-from twofour.kernels.conv import contract as conv
 from twofour.kernels.conv.cudnn import BY_GROUP, UNFUSED, is_fusible, one_group
 from twofour.kernels.families import OURS
 from twofour.kernels.gemm import contract as gemm
@@ -32,7 +31,8 @@ class Way:
     """One way to compute a layer: who does it, in which family's terms, and with which setting.
 
     Attributes:
-        config: of our kernels. algorithm: of a library. A convolution may be computed as a product: `family` is then gemm.
+        family: the layer's own, or one that its problem is restated for: a convolution may be computed as a product.
+        config: of our kernels. algorithm: of a library.
         after: a pointwise step on the output, in place; None: the problem is the whole layer.
     """
 
@@ -83,10 +83,21 @@ def ways_of(
         left["2:4"] = call.why_not_24
     if call.family == "matmul" and "cublaslt" in libraries:
         found += [Way("matmul", "cublaslt", call.problem, None, i) for i in range(CUBLASLT_ALGORITHMS)]
-    kind = families.family(call.family)
-    if kind.launcher is not None and kind.candidates is not None:
-        found += [Way(call.family, OURS, call.problem, config) for config in kind.candidates(call.problem, sms)]
+    for name, problem in {call.family: call.problem, **families.restated(call.family, call.problem)}.items():
+        found += _plain(name, problem, sms, left)
     return found, left
+
+
+def _plain(name: str, problem: Any, sms: int, left: dict[str, str]) -> list[Way]:
+    """Return the ways of a plain family, none of another one; where it has none, `left` says why."""
+    kind = families.family(name)
+    if kind.launcher is None or kind.candidates is None or kind.config is None or kind.why_not is None:
+        return []
+    found = [Way(name, OURS, problem, config) for config in kind.candidates(problem, sms)]
+    reason = None if found else kind.why_not(problem, kind.config())
+    if reason is not None:
+        left[f"{OURS} {name}"] = reason
+    return found
 
 
 def trials_of(
@@ -138,7 +149,8 @@ def _product_of(call: LayerCall) -> gemm.Problem | None:
     if call.family == "gemm":
         product: gemm.Problem = call.problem
         return product
-    return conv.as_gemm(call.problem) if call.family == "conv" else None
+    stated: gemm.Problem | None = families.restated(call.family, call.problem).get("gemm")
+    return stated
 
 
 def _activation_apart(product: gemm.Problem) -> tuple[gemm.Problem, Way] | None:
@@ -197,6 +209,9 @@ def weight_for(call: LayerCall, way: Way) -> Array:
     """Return the call's weight as `way` reads it; for cuSPARSELt the dense form, which its `compress` takes."""
     assert call.weight is not None
     bits = in_dtype(call.weight, way.problem.dtype)
+    pack_plain = families.family(way.family).pack
+    if pack_plain is not None:
+        return pack_plain(way.problem, bits)
     if way.family != "gemm":
         return bits
     rows = bits.reshape(way.problem.weight_rows, way.problem.inputs)
