@@ -52,7 +52,7 @@ class PlainStep:
     """What the steps of the plain families share: a Problem and a Config compiled, loaded and ready to launch.
 
     A family says: `contract`, its module with `default` and `derive`; `source` and `pack_sizes`, its functions; `pointers`, the layout of
-    the addresses in front of the sizes.
+    the addresses in front of the sizes. A Launch with `shared_bytes` asks for that much dynamic shared memory.
     """
 
     contract: ClassVar[Any]
@@ -80,9 +80,10 @@ class PlainStep:
         self.problem, self.device = problem, device
         self.config = self.contract.default(problem, sms) if config is None else config
         self.plan = self.contract.derive(problem, self.config, sms)
-        handle = kernel(self.source(problem, self.config, self.plan), device, 0, cache_folder, cubin)
+        shared = getattr(self.plan, "shared_bytes", 0)
+        handle = kernel(self.source(problem, self.config, self.plan), device, shared, cache_folder, cubin)
         self._sizes = self.pack_sizes(problem, self.plan)
-        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, 0, overlap=overlap)
+        self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, shared, overlap=overlap)
 
     def _launch(self, addresses: tuple[int, ...], stream: int) -> None:
         self._launcher.launch((*addresses, stream), lambda: self.pointers.pack(*addresses) + self._sizes, stream)
