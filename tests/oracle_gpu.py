@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.tactics.choose import Chosen
 from twofour.builder.tactics.ways import Way, ways_of
+from twofour.kernels.depthwise import unpack_weight
 from twofour.kernels.families import OURS
 from twofour.oracle.attention import attention
 from twofour.oracle.conv import conv
@@ -64,6 +65,9 @@ class OracleStep(FakeStep):
         bias = self._values(found, "bias") if p.epilogue.bias else None
         y = gemm(x, weight, sparse=p.sparse, activation=p.epilogue.activation, bias=bias, residual=residual)
         found["d"][...] = rounded(y, p.out_dtype).ravel()
+
+    def _depthwise(self, p: Any, found: dict[str, np.ndarray]) -> None:
+        self._conv(p, {**found, "weight": unpack_weight(p, found["weight"]).ravel()})
 
     def _conv(self, p: Any, found: dict[str, np.ndarray]) -> None:
         def image(name: str, height: int, width: int, channels: int, pitch: int | None) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from twofour.errors import InputError, nearest
 from twofour.kernels.attention import contract as attention
 from twofour.kernels.conv import contract as conv
+from twofour.kernels.depthwise import contract as depthwise
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.matmul import contract as matmul
 from twofour.kernels.operands import DTYPE_BYTES, Footprint
@@ -93,9 +94,10 @@ FAMILIES = {
     "resize": _plain(pool, "pool", "Pool", pool.ResizeProblem),
     "reduce": _plain(reduce, "reduce", "Reduce"),
     "patches": _plain(patches, "patches", "Patches"),
+    "depthwise": _plain(depthwise, "depthwise", "Depthwise"),
 }
 # Family -> the others in whose terms a problem of it may be computed, each with what restates the problem, None where it cannot.
-RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {"conv": {"gemm": conv.as_gemm}}
+RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {"conv": {"gemm": conv.as_gemm, "depthwise": depthwise.as_depthwise}}
 
 
 def family(name: str) -> Family:
