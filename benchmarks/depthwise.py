@@ -90,7 +90,7 @@ def many(p: conv.Problem) -> list[depthwise.Config]:
         legal = [c for c in group if depthwise.why_not(p, c) is None]
         ranked = sorted(legal, key=lambda c: modelled_clocks(p, c))
         if group and group[0].kernel == "band":
-            found += ranked[:6]
+            found += ranked[:3]
         else:
             found += [*ranked[:3], *(c for c in legal if c.rows == 0)]
     return list(dict.fromkeys(found))
@@ -145,7 +145,7 @@ def torch_us(p: conv.Problem, watch: Stopwatch, rounds: int) -> float:
 
 def short(config: depthwise.Config) -> str:
     """Return a config in a few letters."""
-    return f"{config.kernel[0]}{config.channels}x{config.columns}x{config.rows}"
+    return f"{config.kernel[0]}{config.channels}x{config.columns}x{config.rows}" + (f"x{config.images}" if config.images > 1 else "")
 
 
 def time_layer(layer: Layer, bench: Bench, peer: bool, rounds: int) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def spread(p: Problem) -> list[Config]:
     found = []
     for group in (*walks(p), *bands(p)):
         legal = [c for c in group if depthwise.why_not(p, c) is None and (c.kernel == "band" or (c.channels, c.columns) in WIDTHS)]
-        found += [legal[i] for i in sorted({0, len(legal) // 2, len(legal) - 1})] if legal else []
+        between = [len(legal) // 2] if legal and legal[0].kernel == "walk" else []
+        found += [legal[i] for i in sorted({0, len(legal) - 1, *between})] if legal else []
     return list(dict.fromkeys(found))
 
 

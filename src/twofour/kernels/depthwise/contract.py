@@ -58,12 +58,14 @@ class Config:
     Attributes:
         kernel: `walk`: a thread owns channels of a strip of columns and walks down the rows. `band`: tensor cores, stride 1.
         channels, columns, rows: of output, of a thread of `walk` (rows 0: all of an image's) or of a block of `band`.
+        images: of a block of `band`; 1 for `walk`.
     """
 
     kernel: str = "walk"
     channels: int = 2
     columns: int = 4
     rows: int = 0
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def why_not(problem: Problem, config: Config) -> str | None:
 def _why_no_walk(p: Problem, c: Config) -> str | None:
     if c.kernel not in KERNELS:
         return f"kernel {c.kernel!r}, expected one of {', '.join(KERNELS)}"
-    if c.channels not in VECTORS or not 1 <= c.columns <= 8 or c.rows < 0:
-        return f"channels {c.channels}, columns {c.columns}, rows {c.rows}: expected 2 or 4, 1 to 8, and none below 0"
+    if c.channels not in VECTORS or not 1 <= c.columns <= 8 or c.rows < 0 or c.images != 1:
+        return f"channels {c.channels}, columns {c.columns}, rows {c.rows}, images {c.images}: expected 2 or 4, 1 to 8, none below 0, and 1"
     if span(p, c) > MOST_SPAN:
         return f"{c.columns} columns read {span(p, c)} of X, expected at most {MOST_SPAN}"
     if values(p, c) > MOST_VALUES:
@@ -143,12 +145,16 @@ def _why_no_band(p: Problem, c: Config) -> str | None:
         return f"strides {p.strides[0]} and {p.strides[1]}, expected 1 on tensor cores"
     if p.epilogue.residual:
         return "a residual, expected none on tensor cores"
-    if c.channels not in PIECES or c.columns < 1 or c.columns % TILE or c.rows < 1:
-        return f"channels {c.channels}, columns {c.columns}, rows {c.rows}: expected 16 or 32, a multiple of {TILE}, and at least 1"
+    if c.channels not in PIECES or c.columns < 1 or c.columns % TILE or min(c.rows, c.images) < 1:
+        return (
+            f"channels {c.channels}, columns {c.columns}, rows {c.rows}, images {c.images}: expected 16 or 32, a multiple of {TILE}, "
+            "and at least 1 of both"
+        )
     row_blocks, tiles = c.rows // block_rows(c), c.columns // TILE
-    if row_blocks * tiles > POSITIONS:
-        return f"{row_blocks} row blocks of {tiles} tiles, expected at most {POSITIONS} of both"
-    return None
+    if c.images * row_blocks * tiles > POSITIONS:
+        return f"{c.images} images of {row_blocks} row blocks of {tiles} tiles, expected at most {POSITIONS} of all"
+    needed = band_bytes(p, c)
+    return f"a block needs {needed} bytes of shared memory, expected at most {SHARED_BYTES}" if needed > SHARED_BYTES else None
 
 
 def span(problem: Problem, config: Config) -> int:
@@ -181,28 +187,17 @@ def block_rows(config: Config) -> int:
     return next(rows for rows in range(min(MOST_BLOCK_ROWS, config.rows), 0, -1) if config.rows % rows == 0)
 
 
-def band_images(problem: Problem, config: Config) -> int:
-    """Return the images of a block of `band`: as many as fill the rows of a product, and fit."""
-    positions = config.rows // block_rows(config) * config.columns // TILE
-    most = max(1, min(problem.batch, POSITIONS // positions))
-    return next((n for n in range(most, 1, -1) if _band_bytes(problem, config, n) <= SHARED_BYTES), 1)
-
-
 def band_bytes(problem: Problem, config: Config) -> int:
     """Return the shared memory of a block of `band`: taps, and a plane a channel."""
-    return _band_bytes(problem, config, band_images(problem, config))
-
-
-def _band_bytes(p: Problem, c: Config, images: int) -> int:
-    plane = images * (c.rows + p.kernel[0] - 1) * (c.columns // 2 + 4)
+    p, c = problem, config
+    plane = c.images * (c.rows + p.kernel[0] - 1) * (c.columns // 2 + 4)
     return 2 * p.kernel[0] * p.kernel[1] * (c.channels + 8) + 4 * (c.channels // 8) * (8 * plane + 256 // c.channels)
 
 
 def _parts(p: Problem, c: Config) -> tuple[int, int, int, int, int]:
     """Return channel groups, strips, chunks, rows of a chunk, groups of images."""
     rows = min(c.rows or p.out_height, p.out_height) if c.kernel == "walk" else c.rows
-    images = 1 if c.kernel == "walk" else band_images(p, c)
-    return ceil_div(p.inputs, c.channels), ceil_div(p.out_width, c.columns), ceil_div(p.out_height, rows), rows, ceil_div(p.batch, images)
+    return ceil_div(p.inputs, c.channels), ceil_div(p.out_width, c.columns), ceil_div(p.out_height, rows), rows, ceil_div(p.batch, c.images)
 
 
 def _groups(p: Problem, c: Config) -> int:
@@ -237,7 +232,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
         strips,
         chunks,
         rows,
-        images=band_images(p, c),
+        images=c.images,
         row_blocks=rows // block_rows(c),
         block_rows=block_rows(c),
         tiles=c.columns // TILE,
@@ -286,7 +281,7 @@ def _walk_bounds(p: Problem, c: Config, num_sms: int) -> tuple[float, ...]:
 
 def _band_bounds(p: Problem, c: Config, num_sms: int) -> tuple[float, ...]:
     """Clocks of memory, of instructions, of tensor cores, of shared memory, and of the blocks one after the other."""
-    images, each = band_images(p, c), block_rows(c)
+    images, each = c.images, block_rows(c)
     lines, pairs, groups = c.rows + p.kernel[0] - 1, c.columns // 2 + 4, c.channels // 8
     read, written = images * lines * pairs * groups / 32, images * c.rows * c.columns / 2 * groups / 32  # moves of a warp
     products = p.kernel[0] * each
@@ -294,8 +289,8 @@ def _band_bounds(p: Problem, c: Config, num_sms: int) -> tuple[float, ...]:
     blocks = _grid(p, c) / num_sms
     issue = blocks * (150 + 60 * read + 45 * written + c.channels * channel) / ISSUED
     shared = blocks * (10 * read + 10 * written + c.channels * 5 * (each + p.kernel[0]) + c.channels * 2 * each)
-    resident = max(1, min(SHARED_BYTES // (band_bytes(p, c) + 1024), 65536 // (72 * TILE * c.channels)))
-    moves = ceil(images * lines * pairs / 64 / 4)
+    resident = max(1, min(SHARED_BYTES // (band_bytes(p, c) + 1024), 65536 // (96 * TILE * c.channels)))
+    moves = ceil(images * lines * pairs / 64 / 8)
     alone = ceil(blocks / resident) * (3 * LATENCY + moves * LATENCY + 4 * (200 + 40 * (each + p.kernel[0])))
     area = ceil_div(p.out_height, c.rows) * lines * ceil_div(p.out_width, c.columns) * (c.columns + p.kernel[1] - 1)
     again = max(0.0, area / ((p.height + p.kernel[0]) * (p.width + p.kernel[1])) - 1)
@@ -311,12 +306,14 @@ def walks(p: Problem) -> Iterator[list[Config]]:
 
 
 def bands(p: Problem) -> Iterator[list[Config]]:
-    """Configs of `band`, one list a number of channels."""
+    """Configs of `band` that differ in their columns and rows, one list a number of channels and of images."""
     columns = sorted({TILE * ceil_div(ceil_div(p.out_width, TILE), n) for n in range(1, 9)})
     most = min(MOST_BLOCK_ROWS, p.out_height)
     rows = sorted({each * n for each in range(max(1, most // 2), most + 1) for n in (1, 2, 4, 8) if each * (n - 1) < p.out_height})
     for channels in PIECES:
-        yield [Config("band", channels, wide, high) for wide in columns for high in rows]
+        for images in (1, 2, 4, 8, 16):
+            if images <= p.batch:
+                yield [Config("band", channels, wide, high, images) for wide in columns for high in rows]
 
 
 def candidates(problem: Problem, num_sms: int = 132) -> Sequence[Config]:

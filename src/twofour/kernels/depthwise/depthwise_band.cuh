@@ -70,7 +70,8 @@ __device__ __forceinline__ void band(const DepthwiseParams& p) {
     constexpr bool kBf16 = kType == Type::kBf16;
     constexpr int kGroups = A::kChannels / 8;             // of eight channels
     constexpr int kSlots = A::kThreads / kGroups;         // pairs of columns that the block moves at a time
-    constexpr int kTogether = 4;                          // moves of a thread in flight
+    constexpr int kTogether = 8;                          // moves of a thread in flight
+    static_assert(A::kTaps <= kSlots, "a thread brings a piece of one tap at most");
     static_assert(!E::kResidual, "the sums are rounded before they meet an image");
     extern __shared__ __align__(16) uint8 memory[];
     uint8* const taps = memory;
@@ -88,18 +89,13 @@ __device__ __forceinline__ void band(const DepthwiseParams& p) {
     const int first_image = images * A::kImages;
     const int top = row - p.top, left = column - p.left;
 
-    // Bring the taps.
-    for (int i = threadIdx.x; i < A::kTaps * kGroups; i += A::kThreads) {
-        const int tap = i / kGroups, channel = i % kGroups * 8;
-        uint32 words[4];
-        const uint16* from = static_cast<const uint16*>(p.weight) + static_cast<int64>(tap) * p.channels + first_channel + channel;
-        load_wanted(words, from, first_channel + channel < p.channels);
-        *reinterpret_cast<uint4*>(taps + tap * A::kTapBytes + 2 * channel) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    // A thread moves eight channels; of the taps at most one piece, which arrives beside the lines.
+    const int group = static_cast<int>(threadIdx.x) % kGroups, slot = static_cast<int>(threadIdx.x) / kGroups;
+    const int channel = first_channel + 8 * group;
+    uint32 piece[4];
+    load_wanted(piece, static_cast<const uint16*>(p.weight) + static_cast<int64>(slot) * p.channels + channel, slot < A::kTaps && channel < p.channels);
 
     // Bring the lines, each pair of columns split into its channels; zeros outside the images.
-    const int group = threadIdx.x % kGroups, slot = threadIdx.x / kGroups;
-    const int channel = first_channel + 8 * group;
     uint32* const own = planes + group * A::kGroup;
     for (int base = slot; base < A::kPlane; base += kSlots * kTogether) {
         uint32 even[kTogether][4], odd[kTogether][4];
@@ -126,6 +122,7 @@ __device__ __forceinline__ void band(const DepthwiseParams& p) {
             }
         }
     }
+    if (slot < A::kTaps) *reinterpret_cast<uint4*>(taps + slot * A::kTapBytes + 16 * group) = make_uint4(piece[0], piece[1], piece[2], piece[3]);
     __syncthreads();
 
     // Convolve: a warp has one channel at a time.

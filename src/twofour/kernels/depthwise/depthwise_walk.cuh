@@ -77,6 +77,24 @@ __device__ __forceinline__ void walk(const DepthwiseParams& p) {
         if (static_cast<unsigned>(left + j) < static_cast<unsigned>(p.width)) inside |= 1u << j;
     }
 
+    // Steps in bytes; pitches are below 2^29.
+    const int x_step = 2 * static_cast<int>(p.x_pitch), y_step = 2 * static_cast<int>(p.y_pitch), residual_step = 2 * static_cast<int>(p.residual_pitch);
+    const uint8* from = static_cast<const uint8*>(p.x) + 2 * (((image * p.height + top) * p.width + left) * p.x_pitch + channel);
+    const int64 pixel = (image * p.out_height + row) * p.out_width + column;
+    uint8* to = static_cast<uint8*>(p.y) + 2 * (pixel * p.y_pitch + channel);
+    const uint8* addend = static_cast<const uint8*>(p.residual) + (E::kResidual ? 2 * (pixel * p.residual_pitch + channel) : 0);
+
+    // Sends for row i of the chunk's rows of X.
+    Values ahead[kSpan];
+    const auto fetch = [&](int i) {
+        const uint32 here = static_cast<unsigned>(top + i) < static_cast<unsigned>(p.height) ? inside : 0;
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+            if (j % W::kAcross < W::kWidth) load_wanted(ahead[j].words, from + static_cast<int64>(j) * x_step, here & 1u << j);
+        }
+    };
+    fetch(0);
+
     // Its taps and addends.
     __shared__ alignas(16) float shared[kHeld ? 1 : kTaps * kThreads * kVector];
     Taps<kTaps, kVector, kThreads, kHeld> taps(shared);
@@ -93,24 +111,7 @@ __device__ __forceinline__ void walk(const DepthwiseParams& p) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) bias[v] = E::kBias ? p.bias[channel + v] : 0.0f;
 
-    // Steps in bytes; pitches are below 2^29.
-    const int x_step = 2 * static_cast<int>(p.x_pitch), y_step = 2 * static_cast<int>(p.y_pitch), residual_step = 2 * static_cast<int>(p.residual_pitch);
-    const uint8* from = static_cast<const uint8*>(p.x) + 2 * (((image * p.height + top) * p.width + left) * p.x_pitch + channel);
-    const int64 pixel = (image * p.out_height + row) * p.out_width + column;
-    uint8* to = static_cast<uint8*>(p.y) + 2 * (pixel * p.y_pitch + channel);
-    const uint8* addend = static_cast<const uint8*>(p.residual) + (E::kResidual ? 2 * (pixel * p.residual_pitch + channel) : 0);
-
-    Values ahead[kSpan];
-    const auto fetch = [&](int i) {
-        const uint32 here = static_cast<unsigned>(top + i) < static_cast<unsigned>(p.height) ? inside : 0;
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            if (j % W::kAcross < W::kWidth) load_wanted(ahead[j].words, from + static_cast<int64>(j) * x_step, here & 1u << j);
-        }
-    };
-
     float sums[kLive][kColumns][kVector] = {};
-    fetch(0);
     for (int base = 0; base < end; base += kTurn) {
 #pragma unroll
         for (int u = 0; u < kTurn; ++u) {
