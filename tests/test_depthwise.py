@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
+from twofour.builder.lower import LayerCall
+from twofour.builder.tactics.ways import LIBRARIES, bias_for, ways_of, weight_for
 from twofour.errors import InputError
 from twofour.jit.compiler import Compiled, compile_source
 from twofour.kernels import conv, depthwise, families
@@ -84,6 +86,26 @@ def test_a_packed_weight_lies_tap_by_tap_and_comes_back(kernel: tuple[int, int])
     assert packed.flags.c_contiguous
     assert packed.ravel()[(kernel[0] * kernel[1] - 1) * 16 + 5] == weight[5, -1, -1, 0]
     assert np.array_equal(depthwise.unpack_weight(p, packed), weight)
+
+
+def test_a_layer_is_computed_by_these_kernels_alone_where_only_ours_may() -> None:
+    p = problem(2, 14, 14, 16, (3, 3), dtype="bf16", epilogue=conv.Epilogue("relu6", bias=True))
+    weight, bias = np.arange(144, dtype=np.float32).reshape(16, 3, 3, 1), np.arange(16, dtype=np.float32)
+    call = LayerCall("c", "Conv", "conv", p, {"x": "x", "d": "y"}, weight, bias, why_not_24="depthwise convolution")
+    ways, left = ways_of(call, libraries=LIBRARIES["ours"])
+    assert [way.config for way in ways] == list(depthwise.candidates(p))
+    assert {(way.family, way.library, way.after) for way in ways} == {("depthwise", "twofour", None)}
+    assert left == {"2:4": "depthwise convolution"}
+    assert str(ways[0]).startswith("twofour depthwise ")
+    packed = weight_for(call, ways[0])
+    assert (packed.dtype, packed.shape) == (np.uint16, (3, 3, 16))
+    assert np.array_equal(packed.astype(np.uint32) << 16, weight[..., 0].transpose(1, 2, 0).copy().view(np.uint32))
+    assert np.array_equal(bias_for(call, ways[0]), bias)
+    doubled = dataclasses.replace(call, problem=dataclasses.replace(p, outputs=32))
+    assert ways_of(doubled, libraries=LIBRARIES["ours"]) == (
+        [],
+        {"2:4": "depthwise convolution", "twofour depthwise": "32 outputs of 16 inputs, expected one an input"},
+    )
 
 
 # Odd sizes, strips and chunks with tails, strides beyond the kernel, uneven pads, slices of channels, several images.
