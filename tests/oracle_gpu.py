@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 from fake_gpu import FakeGpu, FakeStep, array_at, read
-from grouped_emulation import unpack_weight
+from grouped_emulation import unpack_weight as unpack_grouped
 from numpy.lib.stride_tricks import as_strided
 
 from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.tactics.choose import Chosen
 from twofour.builder.tactics.ways import Way, ways_of
+from twofour.kernels.depthwise import unpack_weight as unpack_depthwise
 from twofour.kernels.families import OURS
 from twofour.oracle.attention import attention
 from twofour.oracle.conv import conv
@@ -67,7 +68,10 @@ class OracleStep(FakeStep):
         found["d"][...] = rounded(y, p.out_dtype).ravel()
 
     def _grouped(self, p: Any, found: dict[str, np.ndarray]) -> None:
-        self._conv(p, {**found, "weight": unpack_weight(p, found["weight"])})
+        self._conv(p, {**found, "weight": unpack_grouped(p, found["weight"])})
+
+    def _depthwise(self, p: Any, found: dict[str, np.ndarray]) -> None:
+        self._conv(p, {**found, "weight": unpack_depthwise(p, found["weight"]).ravel()})
 
     def _conv(self, p: Any, found: dict[str, np.ndarray]) -> None:
         def image(name: str, height: int, width: int, channels: int, pitch: int | None) -> np.ndarray:

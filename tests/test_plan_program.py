@@ -51,6 +51,7 @@ PROBLEMS = [
     ("gemm", gemm.Problem(7, 64, 128, epilogue=gemm.Epilogue("relu", bias=True))),
     ("matmul", matmul.Problem(12, 197, 64, 197, scale=0.125, b_strides=(0, 1, 197))),
     ("conv", conv.Problem(2, 56, 56, 64, 128, (3, 3), (2, 2), (1, 1, 1, 1), epilogue=conv.Epilogue("relu6", bias=True))),
+    ("depthwise", conv.Problem(2, 56, 56, 64, 64, (3, 3), (2, 2), (1, 1, 1, 1), groups=64, epilogue=conv.Epilogue("relu6", bias=True))),
     ("attention", attention.Problem(2, 12, 197, 197, 64, 0.125)),
     ("pool", pool.Problem(2, 112, 112, 64, "max", (3, 3), (2, 2), (1, 1, 1, 1))),
     ("resize", pool.ResizeProblem(2, 33, 33, 21, 129, 129, scales=(3.9, 3.9))),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from twofour.errors import InputError, nearest
 from twofour.kernels.attention import contract as attention
 from twofour.kernels.conv import contract as conv
+from twofour.kernels.depthwise import contract as depthwise
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.grouped import contract as grouped
 from twofour.kernels.matmul import contract as matmul
@@ -95,9 +96,12 @@ FAMILIES = {
     "reduce": _plain(reduce, "reduce", "Reduce"),
     "patches": _plain(patches, "patches", "Patches"),
     "grouped": _plain(grouped, "grouped", "Grouped"),
+    "depthwise": _plain(depthwise, "depthwise", "Depthwise"),
 }
 # Family -> the others in whose terms a problem of it may be computed, each with what restates the problem, None where it cannot.
-RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {"conv": {"gemm": conv.as_gemm, "grouped": grouped.of_conv}}
+RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "conv": {"gemm": conv.as_gemm, "grouped": grouped.of_conv, "depthwise": depthwise.as_depthwise}
+}
 
 
 def family(name: str) -> Family:

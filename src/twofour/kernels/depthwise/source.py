@@ -1,0 +1,37 @@
+"""The text NVRTC gets for a Problem and Config: an include and one explicit instantiation."""
+
+from pathlib import Path
+
+from twofour.jit.source import Source
+from twofour.kernels.depthwise.contract import Config, Launch, Problem
+from twofour.kernels.shared import flag, kernel_digest, kernel_text, type_name
+
+FOLDER = Path(__file__).parent
+_OPERATION = {
+    "none": "kCast",
+    "relu": "kRelu",
+    "relu6": "kClip",
+    "sigmoid": "kSigmoid",
+    "gelu": "kGelu",
+    "gelu_tanh": "kGeluTanh",
+    "silu": "kSilu",
+    "hardswish": "kHardswish",
+}
+
+
+def source(problem: Problem, config: Config, launch: Launch) -> Source:
+    """Return the kernel text; equal for problems that differ only in the sizes and pads of images."""
+    p, e = problem, problem.epilogue
+    window = f"Window<{p.kernel[0]}, {p.kernel[1]}, {p.strides[0]}, {p.strides[1]}>"
+    behind = f"Behind<Op::{_OPERATION[e.activation]}, {flag(e.bias)}, {flag(e.residual)}>"
+    if config.kernel == "walk":
+        numbers = f"{config.channels}, {config.columns}, {flag(launch.held)}, {launch.threads}, {flag(launch.wide)}"
+    else:
+        sizes = (config.channels, launch.images, launch.row_blocks, launch.block_rows, launch.tiles)
+        numbers = f"Area<{window}, {', '.join(map(str, sizes))}>"
+    return kernel_text(FOLDER, f"{config.kernel}<{type_name(p.dtype)}, {window}, {behind}, {numbers}>", launch.threads)
+
+
+def sources_digest() -> str:
+    """Return the digest of the family's device sources, comments stripped."""
+    return kernel_digest(FOLDER)
