@@ -370,6 +370,8 @@ __device__ __forceinline__ void grouped(const GroupedParams& p) {
     int number = blockIdx.x;
     if (threadIdx.x == 0) Grouped<C>(p, base, number).prepare();
     __syncthreads();
+    let_next_grid_start();
+    wait_for_earlier_grid();
     if (threadIdx.x < 32 * C::kWarps) {
         if constexpr (C::kRegisters > 0) take_registers<C::kRegisters>();
         // NOTE: opaque to the compiler, or what both roles derive from them is computed before they part and kept in registers.
