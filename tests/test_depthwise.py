@@ -346,6 +346,7 @@ def test_64_bit_indices_begin_where_32_bits_end() -> None:
 COVERING = [
     (problem(2, 56, 56, 64, (3, 3), epilogue=conv.Epilogue("relu6", bias=True)), Config("walk", 4, 7, 0)),
     (problem(2, 56, 56, 64, (3, 3), 2, dtype="bf16", epilogue=conv.Epilogue("gelu", True, True)), Config("walk", 4, 7, 0)),
+    (problem(2, 56, 56, 64, (3, 3), epilogue=conv.Epilogue("gelu_tanh", True, True)), Config("walk", 2, 2, 0)),
     (problem(2, 56, 56, 64, (5, 5), 2, epilogue=conv.Epilogue("silu", bias=True)), Config("walk", 2, 7, 0)),
     (problem(2, 56, 56, 64, (7, 7), epilogue=conv.Epilogue("gelu_tanh")), Config("walk", 2, 4, 0)),
     (problem(2**16, 112, 112, 64, (1, 1), 4, epilogue=conv.Epilogue("sigmoid")), Config("walk", 2, 8, 1)),

@@ -34,6 +34,7 @@ MOST_HELD = 54  # taps by channels that a thread keeps in registers
 MOST_VALUES = 190  # of a thread in registers, addresses apart; more of them spill
 ADDRESSES = 34  # registers for everything else
 STATIC_SHARED_BYTES = 48 << 10
+REGISTERS = 65536  # of a multiprocessor
 MOST_CHUNKS = 64
 
 # The band.
@@ -272,7 +273,7 @@ def _walk_bounds(p: Problem, c: Config, num_sms: int) -> tuple[float, ...]:
     begin = 150 + taps * (c.channels + 2)
     shared = 1024 if is_held(p, c) else 4 * taps * c.channels * threads + 1024
     registers = ceil_div(values(p, c) + ADDRESSES, 8) * 8
-    resident = max(1, min(2048 // threads, 65536 // registers // threads, SHARED_BYTES // shared)) * threads // 32
+    resident = max(1, min(2048 // threads, REGISTERS // registers // threads, SHARED_BYTES // shared)) * threads // 32
     warps = ceil(_groups(p, c) / 32 / num_sms)
     issue = warps * (begin + steps * step) / ISSUED
     alone = ceil(warps / resident) * (begin + 2 * LATENCY + steps * max(LATENCY, 1.2 * step))
@@ -289,7 +290,7 @@ def _band_bounds(p: Problem, c: Config, num_sms: int) -> tuple[float, ...]:
     blocks = _grid(p, c) / num_sms
     issue = blocks * (150 + 60 * read + 45 * written + c.channels * channel) / ISSUED
     shared = blocks * (10 * read + 10 * written + c.channels * 5 * (each + p.kernel[0]) + c.channels * 2 * each)
-    resident = max(1, min(SHARED_BYTES // (band_bytes(p, c) + 1024), 65536 // (96 * TILE * c.channels)))
+    resident = max(1, min(SHARED_BYTES // (band_bytes(p, c) + 1024), REGISTERS // (96 * TILE * c.channels)))
     moves = ceil(images * lines * pairs / 64 / 8)
     alone = ceil(blocks / resident) * (3 * LATENCY + moves * LATENCY + 4 * (200 + 40 * (each + p.kernel[0])))
     area = ceil_div(p.out_height, c.rows) * lines * ceil_div(p.out_width, c.columns) * (c.columns + p.kernel[1] - 1)
