@@ -110,11 +110,27 @@ def sized(channels: int, depth: int, stride: int, size: tuple[int, int, int]) ->
     return problem(size[0], size[1:], channels, depth, stride, epilogue=Epilogue("relu", bias=True))
 
 
+def padded(depth: int, strides: tuple[int, int], pads: Any) -> Problem:
+    return replace(problem(3, (11, 10), 64, depth, pads=pads), strides=strides)
+
+
+def activated(depth: int, dtype: str, activation: str) -> Problem:
+    return problem(2, (9, 9), 64, depth, dtype=dtype, epilogue=Epilogue(activation, bias=activation != "silu"))
+
+
+def sliced(depth: int, dtype: str) -> Problem:
+    return problem(3, (9, 14), 128, depth, dtype=dtype, epilogue=Epilogue(bias=True), x_pitch=200, y_pitch=136)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Most kernels of this file, compiled by several processes."""
-    problems = [sized(*depth, stride, size) for depth in DEPTHS for stride in (1, 2) for size in SIZES]
-    fill_cache(kernel_source("grouped", p, c, num_sms(0)) for p in problems for c in grouped.every(p))
+    every = [sized(*depth, stride, size) for depth in DEPTHS for stride in (1, 2) for size in SIZES]
+    every += [padded(depth, strides, (1, 1, 1, 1)) for depth in (8, 32) for strides in ((1, 1), (2, 2))]
+    every += [sliced(depth, dtype) for depth in (8, 16, 32, 64) for dtype in DTYPE]
+    sources = [kernel_source("grouped", p, c, num_sms(0)) for p in every for c in grouped.every(p)]
+    alone = [activated(depth, dtype, activation) for depth in (8, 16) for dtype in DTYPE for activation in ACTIVATIONS]
+    fill_cache(sources + [kernel_source("grouped", p, grouped.default(p), num_sms(0)) for p in alone])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
@@ -128,21 +144,21 @@ def test_every_config_of_every_size(channels: int, depth: int, stride: int, size
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2), (2, 1)])
 @pytest.mark.parametrize("depth", [8, 32])
 def test_pads_and_strides(depth: int, strides: tuple[int, int], pads: tuple[int, int, int, int]) -> None:
-    check(replace(problem(3, (11, 10), 64, depth, pads=pads), strides=strides))
+    check(padded(depth, strides, pads))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", list(DTYPE))
 @pytest.mark.parametrize("depth", [8, 16])
 def test_activations_and_types(depth: int, dtype: str, activation: str) -> None:
-    p = problem(2, (9, 9), 64, depth, dtype=dtype, epilogue=Epilogue(activation, bias=activation != "silu"))
+    p = activated(depth, dtype, activation)
     check(p, grouped.default(p))
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE))
 @pytest.mark.parametrize("depth", [8, 16, 32, 64])
 def test_slices_of_channels(depth: int, dtype: str) -> None:
-    check(problem(3, (9, 14), 128, depth, dtype=dtype, epilogue=Epilogue(bias=True), x_pitch=200, y_pitch=136))
+    check(sliced(depth, dtype))
 
 
 @pytest.mark.parametrize(("size", "channels", "depth", "stride"), [(56, 256, 8, 1), (28, 512, 16, 1), (14, 1024, 32, 1), (14, 2048, 64, 2)])
