@@ -27,6 +27,9 @@ def covering() -> list[Case]:
             Epilogue(activation, scale=True, bias=True, gated=True),
         ):
             cases.append(case(256, most_tokens(epilogue), epilogue=epilogue))
+    for rows, tokens in ((256, 104), (256, 128), (128, 160)):
+        problem = Problem(128, 128, 128, dtype="fp16", out_dtype="fp16")
+        cases.append((problem, Config("tuned", rows, tokens, most_stages(problem, rows, tokens, 2), buffers=2)))
     residual = Epilogue("gelu", scale=True, bias=True, residual=True)
     cases += [case(256, most_tokens(residual, "fp32"), out_dtype="fp32", epilogue=residual)]
     cases += [case(128, t, sparse=s, epilogue=replace(residual, activation="relu")) for t, s in ((256, True), (128, False))]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from twofour.errors import InputError
 from twofour.kernels.gemm import Config, Epilogue, Problem, candidates, default, derive, why_not
-from twofour.kernels.gemm.contract import SMEM_BYTES, modelled_us, most_stages, share_out
+from twofour.kernels.gemm.contract import SMEM_BYTES, best_buffers, modelled_us, most_stages, share_out, staging_bytes
 from twofour.kernels.gemm.launch import divisor, pack_sizes
 
 PROBLEM = Problem(512, 6144, 4096)
@@ -143,3 +143,18 @@ def test_wide_tiles_keep_at_least_three_stages() -> None:
     for sparse in (True, False):
         problem = dataclasses.replace(PROBLEM, sparse=sparse)
         assert most_stages(problem, 256, 192) >= 3
+
+
+def test_two_buffers_where_a_ring_of_four_stages_is_left_and_always_with_a_residual() -> None:
+    plain, residual = PROBLEM, dataclasses.replace(PROBLEM, epilogue=Epilogue(residual=True))
+    assert [best_buffers(plain, 256, tokens) for tokens in (104, 128, 192)] == [2, 2, 1]
+    assert best_buffers(dataclasses.replace(plain, out_dtype="fp32"), 256, 104) == 1
+    assert {config.buffers for config in candidates(residual)} == {2}
+    one, two = Config(tile_tokens=128), Config(tile_tokens=128, buffers=2)
+    assert staging_bytes(plain, two) == 2 * staging_bytes(plain, one) == staging_bytes(residual, one) == 2 * 128 * 128 * 2
+    assert (one.tile, two.tile) == ("256x128x4", "256x128x4x2")
+
+
+def test_buffers_that_cannot_be_are_refused() -> None:
+    assert why_not(Problem(8, 8, 32), Config(buffers=3)) == "3 buffers for staged outputs, expected one or two"
+    assert why_not(Problem(8, 8, 32, out_dtype="fp32"), Config(buffers=2)) == "outputs of fp32 are not staged, expected one buffer"

@@ -26,6 +26,7 @@ DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
+    "relu6": F.relu6,
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
@@ -33,8 +34,8 @@ ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def tuned(problem: Problem, rows: int, tokens: int, split: bool = False) -> Config:
-    return Config("tuned", rows, tokens, most_stages(problem, rows, tokens), split)
+def tuned(problem: Problem, rows: int, tokens: int, split: bool = False, buffers: int = 1) -> Config:
+    return Config("tuned", rows, tokens, most_stages(problem, rows, tokens, buffers), split, buffers)
 
 
 def prune(weight: torch.Tensor) -> torch.Tensor:
@@ -138,11 +139,26 @@ def test_the_numpy_oracle_agrees_on_a_small_product() -> None:
     assert np.abs(found - expected).max() <= 16 * bound
 
 
-@pytest.mark.parametrize(("rows", "tile"), [(256, 64), (256, 104), (256, 176), (128, 256)])
-def test_all_token_tails(rows: int, tile: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "tile", "buffers"), [(256, 64, 1), (256, 104, 1), (256, 104, 2), (256, 176, 1), (128, 256, 1), (128, 160, 2)]
+)
+def test_all_token_tails(rows: int, tile: int, buffers: int) -> None:
     for tokens in [*range(1, 300, 1 if tile == 64 else 7), 300]:
         problem = Problem(tokens, 136, 192)
-        Case.draw(problem, seed=tokens).check(tuned(problem, rows, tile))
+        Case.draw(problem, seed=tokens).check(tuned(problem, rows, tile, buffers=buffers))
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+@pytest.mark.parametrize("kind", [{"bias": True}, {"gated": True}], ids=lambda kind: "+".join(kind))
+def test_many_tiles_a_block_by_either_buffers(kind: dict[str, bool], buffers: int) -> None:
+    problem = Problem(5000, 1032, 64, dtype="fp16", out_dtype="fp16", epilogue=Epilogue("relu6", **kind))
+    config = tuned(problem, 256, 128, buffers=buffers)
+    case = Case.draw(problem)
+    case.check(config)
+    first = case.d[:-1].clone()
+    for _ in range(5):
+        case.d.fill_(float("nan"))
+        assert torch.equal(case.run(config), first)
 
 
 @pytest.mark.parametrize("outputs", [8, 120, 128, 136, 248, 256, 264, 504, 512, 520])
@@ -185,7 +201,8 @@ RESIDUALS = [(1, 8, 64), (64, 64, 64), (90, 120, 192), (177, 136, 64), (300, 200
 def test_residuals(shape: tuple[int, int, int], rows: int, tile: int) -> None:
     for dtype, sparse in (("fp16", True), ("bf16", False)):
         problem = Problem(*shape, dtype=dtype, out_dtype=dtype, sparse=sparse, epilogue=Epilogue("relu", bias=True, residual=True))
-        config = tuned(problem, rows, tile, split=shape[2] == 2048)
+        # A dense stage is larger: three of them leave room for two buffers of 128 rows by 128 tokens.
+        config = tuned(problem, rows, tile if sparse or rows == 128 else min(tile, 128), split=shape[2] == 2048)
         case = Case.draw(problem, seed=sum(shape))
         case.check(config)
         first = case.d[:-1].clone()

@@ -277,7 +277,7 @@ def test_a_plain_1x1_convolution_is_a_matrix_product() -> None:
         conv.Problem(2, 7, 7, 64, 128, groups=2),
         conv.Problem(2, 7, 7, 60, 128),
         conv.Problem(2, 7, 7, 64, 128, y_pitch=256),
-        conv.Problem(2, 7, 7, 64, 128, epilogue=conv.Epilogue("relu6")),
+        conv.Problem(2, 7, 7, 64, 128, epilogue=conv.Epilogue("sigmoid")),
     ):
         assert conv.as_gemm(other) is None
 

@@ -14,6 +14,7 @@ Array = npt.NDArray[np.float64]
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "none": lambda y: y,
     "relu": lambda y: np.where(y < 0, 0.0, y),
+    "relu6": lambda y: np.clip(y, 0.0, 6.0),
     "gelu": lambda y: 0.5 * y * (1.0 + np.vectorize(erf, otypes=[np.float64])(y / np.sqrt(2.0))),
     "gelu_tanh": lambda y: 0.5 * y * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (y + 0.044715 * y**3))),
     "silu": lambda y: y / (1.0 + np.exp(-y)),

@@ -112,7 +112,8 @@ def prepare(problem: Problem, tactic: Tactic, device: int = 0) -> Prepared:
         return Prepared(
             tactic, call_sparse, lambda weight: sparse_lt.compress(weight.data_ptr()), sparse_lt.version, search=sparse_lt.search
         )
-    ours = Gemm(replace(problem, sparse=tactic.sparse), tactic.config, device=device)
+    # As engines launch it.
+    ours = Gemm(replace(problem, sparse=tactic.sparse), tactic.config, device=device, overlap=True)
     workspace = Buffer(ours.workspace_bytes, zeroed=True)
 
     def call(x: int, weight: int, d: int, stream: int) -> None:

@@ -162,9 +162,10 @@ def _activation_apart(product: gemm.Problem) -> tuple[gemm.Problem, Way] | None:
     if e.activation in ("none", "relu") or e.gated:
         return None
     elements = product.tokens * product.outputs
-    problem = pointwise.Problem(
-        (elements,), (pointwise.Operand(product.out_dtype, (1,)),), product.out_dtype, (1,), ((e.activation, ("in", 0)),)
-    )
+    step: pointwise.Instruction = (e.activation, ("in", 0))
+    if e.activation == "relu6":
+        step = ("clip", ("in", 0), ("c", 0.0), ("c", 6.0))
+    problem = pointwise.Problem((elements,), (pointwise.Operand(product.out_dtype, (1,)),), product.out_dtype, (1,), (step,))
     after = Way("pointwise", OURS, problem, pointwise.default(problem))
     return replace(product, epilogue=replace(e, activation="none")), after
 

@@ -13,7 +13,7 @@ from math import ceil, sqrt
 from twofour.errors import InputError, nearest
 from twofour.pattern.pack_sm90 import BLOCK_K, BLOCK_ROWS, block_bytes
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "hardswish")
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 INPUT_DTYPES = ("bf16", "fp16")
 OUTPUT_DTYPES = ("bf16", "fp16", "fp32")
 KERNELS = ("tuned", "pipelined", "naive")
@@ -197,7 +197,7 @@ def most_tokens(epilogue: Epilogue, out_dtype: str = "bf16") -> int:
     """Return the widest 256-row tile whose accumulators and `epilogue` fit in a thread's registers without spilling (ptxas 13.0)."""
     if epilogue.residual and out_dtype != "fp32":
         return 176  # the warp that also loads residuals has 40 registers, the multiplying ones 232
-    if epilogue.residual and epilogue.activation not in ("none", "relu"):
+    if epilogue.residual and epilogue.activation not in ("none", "relu", "relu6"):
         return 160
     return 184 if epilogue.scale or epilogue.bias or epilogue.residual else 192
 
@@ -231,6 +231,13 @@ def why_not(problem: Problem, config: Config) -> str | None:
     if needed > SMEM_BYTES:
         return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
     return None
+
+
+def best_buffers(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
+    """Return two where a ring of four stages still fits beside them, else one: measured, the second gains less than a fourth stage."""
+    if problem.out_dtype == "fp32":
+        return 1
+    return 2 if most_stages(problem, tile_rows, tile_tokens, 2) >= 4 or problem.epilogue.residual else 1
 
 
 def most_stages(problem: Problem, tile_rows: int, tile_tokens: int, buffers: int = 1) -> int:
@@ -334,9 +341,10 @@ def candidates(problem: Problem, num_sms: int = 132, limit: int = 8) -> Sequence
     found: dict[Config, float] = {}
     for tile_rows in (256, 128):
         for tile_tokens in TILE_TOKENS:
-            stages = most_stages(problem, tile_rows, tile_tokens)
+            buffers = best_buffers(problem, tile_rows, tile_tokens)
+            stages = most_stages(problem, tile_rows, tile_tokens, buffers)
             for split in (False, True):
-                config = Config("tuned", tile_rows, tile_tokens, stages, split)
+                config = Config("tuned", tile_rows, tile_tokens, stages, split, buffers)
                 if why_not(problem, config) is not None:
                     continue
                 if split and derive(problem, config, num_sms).split_blocks == 0:

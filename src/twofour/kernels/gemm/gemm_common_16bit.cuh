@@ -51,7 +51,7 @@ struct alignas(64) ResidualGemmParams : GemmParams {
     TensorMap residual_map;  // as d_map
 };
 
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kHardswish };
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kHardswish, kRelu6 };
 enum class Output { kBf16, kFp16, kFp32 };
 
 template <Activation kActivation_, bool kScale_, bool kBias_, bool kResidual_, bool kGated_, Output kOutput_>
@@ -84,6 +84,7 @@ __device__ __forceinline__ float error_function(float x) {
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float x) {
     if constexpr (kActivation == Activation::kRelu) return x < 0.0f ? 0.0f : x;  // NOTE: unlike fmaxf, lets NaN through
+    if constexpr (kActivation == Activation::kRelu6) return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x;
     if constexpr (kActivation == Activation::kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f));
     if constexpr (kActivation == Activation::kGeluTanh) {
         // x / (1 + exp(-2u)) is 0.5 x (1 + tanh u) without the cancellation

@@ -8,7 +8,15 @@ from twofour.kernels.gemm.contract import Config, Problem, loads_residual, stagi
 FOLDER = Path(__file__).parent
 INCLUDE = FOLDER.parent / "include"
 
-_ACTIVATION = {"none": "kNone", "relu": "kRelu", "gelu": "kGelu", "gelu_tanh": "kGeluTanh", "silu": "kSilu", "hardswish": "kHardswish"}
+_ACTIVATION = {
+    "none": "kNone",
+    "relu": "kRelu",
+    "relu6": "kRelu6",
+    "gelu": "kGelu",
+    "gelu_tanh": "kGeluTanh",
+    "silu": "kSilu",
+    "hardswish": "kHardswish",
+}
 _OUTPUT = {"bf16": "kBf16", "fp16": "kFp16", "fp32": "kFp32"}
 
 
