@@ -138,6 +138,28 @@ def test_every_layer_in_view_has_candidates_that_fill_the_gpu(p: Problem) -> Non
         assert launch.grid >= 100 * found[0].blocks or launch.grid >= 100
 
 
+# ResNeXt-101_32x8d on one H200: side, channels, stride -> warps, tiles and blocks of the fastest config at batch 64 and at 256.
+FASTEST = {
+    (56, 256, 1): ((2, 4, 1), (2, 4, 1)),
+    (56, 512, 2): ((2, 4, 1), (2, 4, 1)),
+    (28, 512, 1): ((2, 4, 1), (2, 4, 1)),
+    (28, 1024, 2): ((2, 4, 1), (2, 2, 1)),
+    (14, 1024, 1): ((2, 4, 1), (2, 4, 1)),
+    (14, 2048, 2): ((2, 2, 1), (2, 2, 1)),
+    (7, 2048, 1): ((2, 2, 1), (2, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("layer", FASTEST)
+def test_the_believed_best_is_the_measured_best(layer: tuple[int, int, int]) -> None:
+    size, channels, stride = layer
+    for batch, fastest in zip((64, 256), FASTEST[layer], strict=True):
+        found = grouped.candidates(problem(batch, (size, size), channels, channels // 32, stride))
+        assert len(found) <= 3
+        assert (found[0].warps, found[0].tiles, found[0].blocks) == fastest
+        assert found[0].strip == -(-size // stride)
+
+
 def test_the_engine_lists_it_for_grouped_convolutions() -> None:
     p = replace(GOOD, epilogue=Epilogue("relu", bias=True))
     weight = np.random.default_rng(0).standard_normal((128, 3, 3, 32)).astype(np.float32)

@@ -29,7 +29,7 @@ BLOCK_SHARED_BYTES = 227 << 10  # the most a block may have
 RESERVED_BYTES = 1 << 10  # of a block, by the system
 MOST_BOX = 256  # columns or images of a box, a limit of tensor maps
 MOST_BYTES = 1 << 40  # from image to image, a limit of tensor maps
-MOST_CANDIDATES = 4
+MOST_CANDIDATES = 3
 # Unit -> (warps that share channels, tiles of 16 pixels of each, blocks a multiprocessor): what the registers hold without spilling.
 SHAPES = {
     8: ((1, 4, 2), (2, 4, 1), (1, 2, 2)),
@@ -39,10 +39,15 @@ SHAPES = {
 }
 MOVING_THREADS, MOVING_REGISTERS = 128, 24
 MOST_REGISTERS = 240
-# For the model: bytes a clock that memory gives a multiprocessor, clocks of an `mma` in one of its quarters, clocks a step waits for.
-BYTES_A_CLOCK = 18.0
-MMA_CLOCKS = 7.0
-STEP_CLOCKS = 300.0
+# For the model, set by times of ResNeXt-101_32x8d's layers on one H200: bytes a clock that memory gives a multiprocessor; clocks of an
+# `mma` in one of its quarters; what a step of products or of copies, whichever is shorter, adds to the longer; clocks a step waits for,
+# and of a load that the stages hide between them; what a further block a multiprocessor costs a step.
+BYTES_A_CLOCK = 25.9
+MMA_CLOCKS = 5.9
+BOTH = 0.45
+STEP_CLOCKS = 137.0
+LOAD_CLOCKS = 1480.0
+BLOCK_CLOCKS = 67.0
 
 
 @dataclass(frozen=True, order=True)
@@ -208,7 +213,8 @@ def clocks(problem: Problem, config: Config, num_sms: int = 132) -> float:
     products = sizes.total * SLAB // 8 * (6 if unit(p) == 8 else TAPS * TAPS * unit(p) // 16)
     tensor = products / 4 * MMA_CLOCKS * resident
     steps = c.strip + (2 if p.strides[0] == 1 else 1)
-    return _waves(sizes, c, num_sms) * steps * (max(memory, tensor) + STEP_CLOCKS)
+    waits = STEP_CLOCKS + LOAD_CLOCKS / c.stages + BLOCK_CLOCKS * (resident - 1)
+    return _waves(sizes, c, num_sms) * steps * (max(memory, tensor) + BOTH * min(memory, tensor) + waits)
 
 
 def every(problem: Problem, num_sms: int = 132) -> Sequence[Config]:
