@@ -83,7 +83,7 @@ def main() -> int:
     for row in rows:
         unchanged = row["sources_digest"] == old and all((row["dtype"], *kernel) in same for kernel in kernels_of(row))
         if unchanged:
-            row["sources_digest"] = new
+            row["sources_digest"] = row["versions"]["ours"] = new
         stale += row["sources_digest"] != new
     if record["sources_digest"] == old and not stale:
         record["sources_digest"] = new

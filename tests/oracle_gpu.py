@@ -9,7 +9,7 @@ from grouped_emulation import unpack_weight as unpack_grouped
 from numpy.lib.stride_tricks import as_strided
 
 from twofour.builder.lower import LayerCall, Lowered
-from twofour.builder.tactics.choose import Chosen
+from twofour.builder.tactics.chosen import Chosen
 from twofour.builder.tactics.ways import Way, ways_of
 from twofour.kernels.depthwise import unpack_weight as unpack_depthwise
 from twofour.kernels.families import OURS

@@ -1,9 +1,11 @@
 """Which way wins, what is remembered and what is refused, with a bench that says any time a test wants."""
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 from graphs import network
 
-from twofour.builder import gpu, measure_gain
+from twofour.builder import gpu, measure_gain, tactics
 from twofour.builder.lower import LayerCall
-from twofour.builder.tactics import choose
+from twofour.builder.tactics import chosen
 from twofour.builder.tactics.bench import Timed
-from twofour.builder.tactics.choose import choose_all
+from twofour.builder.tactics.chosen import choose_all
 from twofour.builder.tactics.untrusted import Outcome, Trial
 from twofour.builder.tactics.ways import Way, bias_for, ways_of, weight_for
 from twofour.cli.group import twofour as command_line
@@ -54,9 +56,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
         tried.extend(trials)
         return [Outcome({0: 5.0, 1: 6.0}, {2: "it ended its process"}) for _ in trials]
 
-    monkeypatch.setattr(choose, "num_sms", lambda device: 132)
-    monkeypatch.setattr(choose, "fill_cache", lambda sources: len(list(sources)))
-    monkeypatch.setattr(choose, "try_plans", try_plans)
+    monkeypatch.setattr(chosen, "num_sms", lambda device: 132)
+    monkeypatch.setattr(chosen, "fill_cache", lambda sources: len(list(sources)))
+    monkeypatch.setattr(chosen, "try_plans", try_plans)
     return tried
 
 
@@ -169,7 +171,7 @@ def test_cudnn_that_cannot_start_leaves_the_other_ways(monkeypatch: pytest.Monke
     def fails(trials: Sequence[Trial], device: int) -> list[Outcome]:
         raise TwofourError("cuDNN is not installed")
 
-    monkeypatch.setattr(choose, "try_plans", fails)
+    monkeypatch.setattr(chosen, "try_plans", fails)
     with pytest.raises(UnsupportedError, match=r"conv \(.*cuDNN is not installed"):
         run(FakeBench(lambda way: 1.0), convolution())
 
@@ -238,3 +240,10 @@ def test_a_gain_is_measured_on_a_pruned_copy(tmp_path: Path, monkeypatch: pytest
     assert read[0]["kind"] == "measurement"
     predicted = CliRunner().invoke(command_line, ["estimate", str(path), "--batch", "2", "--predict"], catch_exceptions=False)
     assert "A prediction from data-sheet rates, not a measurement" in predicted.output
+
+
+def test_choosing_a_product_is_a_function_whatever_was_imported_before() -> None:
+    # A submodule of the same name would take the function's place in the package once it is imported.
+    for module in pkgutil.iter_modules(tactics.__path__, f"{tactics.__name__}."):
+        importlib.import_module(module.name)
+    assert all(not isinstance(getattr(tactics, name), ModuleType) for name in tactics.__all__)

@@ -32,7 +32,7 @@ def few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(trials: Sequence[Trial], device: int = 0) -> list[Outcome]:
         return try_plans([replace(trial, most=min(trial.most, FEW_PLANS)) for trial in trials], device)
 
-    monkeypatch.setattr("twofour.builder.tactics.choose.try_plans", tried)
+    monkeypatch.setattr("twofour.builder.tactics.chosen.try_plans", tried)
 
 
 @pytest.fixture(scope="module")

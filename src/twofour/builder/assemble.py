@@ -12,7 +12,7 @@ from twofour.builder.graph import Array
 from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.memory import MemoryPlan, aligned
 from twofour.builder.storage import Place
-from twofour.builder.tactics.choose import Chosen
+from twofour.builder.tactics.chosen import Chosen
 from twofour.builder.tactics.ways import Way, bias_for, weight_for
 from twofour.errors import UnsupportedError
 from twofour.jit.cache import default_cache

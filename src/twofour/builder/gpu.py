@@ -16,7 +16,7 @@ from twofour.builder.memory import MemoryPlan, plan_memory
 from twofour.builder.record import BuildRecord, Timed, build_record
 from twofour.builder.specs import spec_of
 from twofour.builder.tactics.bench import Bench, upload
-from twofour.builder.tactics.choose import Chosen, choose_all
+from twofour.builder.tactics.chosen import Chosen, choose_all
 from twofour.builder.tactics.ways import weight_for
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.exchange.inspect import parse_onnx_file
