@@ -10,6 +10,7 @@ device-to-device copy. Nothing in this file needs a GPU or torch but `machine`.
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from filelock import FileLock
 from twofour.builder.tactics.bench import Timed
 from twofour.errors import InputError, TwofourError
 from twofour.files import write_text
-from twofour.kernels.conv.contract import Problem
+from twofour.kernels.conv.contract import Epilogue, Problem
 from twofour.kernels.families import OURS
 from twofour.kernels.launchable import sources_digests
 from twofour.timing.gpu import Stopwatch
@@ -70,7 +71,8 @@ def row_of(
     us = {name: None if way is None else round(figures[way].median_us, 2) for name, way in best.items()}
     return {
         **{"net": net, "in": p.inputs, "out": p.outputs, "kernel": list(p.kernel), "stride": list(p.strides), "groups": p.groups},
-        **{"pixels": [p.height, p.width], "batch": p.batch, "precision": p.dtype, "activation": p.epilogue.activation, "count": count},
+        **{"pixels": [p.height, p.width], "pads": list(p.pads), "batch": p.batch, "precision": p.dtype},
+        **{"activation": p.epilogue.activation, "count": count},
         **{"family": family, "sources_digest": sources_digests()[family], "limit_us": round(p.num_bytes / PEAK_BYTES_A_US, 2)},
         **{"ours_sparse_us": None, "ours_dense_us": us["ours"], "cudnn_us": us["cudnn"], "torch_us": torch_us},
         "spread": {name: None if way is None else round(figures[way].spread, 4) for name, way in best.items()},
@@ -78,6 +80,16 @@ def row_of(
         **{"config": ours, "cudnn_plan": theirs, "times_us": {name: round(f.median_us, 2) for name, f in figures.items()}},
         "left_out": {**left_out, **{str(t.way): t.reason for t in timed if t.figure is None}},
     }
+
+
+def problem_of(row: Row) -> Problem:
+    """Return a row's problem."""
+    pads: tuple[int, int, int, int] = tuple(row["pads"])
+    kernel, strides = ((row[name][0], row[name][1]) for name in ("kernel", "stride"))
+    height, width = row["pixels"]
+    epilogue = Epilogue(row["activation"], bias=True)
+    p = Problem(row["batch"], height, width, row["in"], row["out"], kernel, strides, pads, groups=row["groups"], epilogue=epilogue)
+    return replace(p, dtype=row["precision"])
 
 
 def read(path: Path) -> dict[str, Any]:

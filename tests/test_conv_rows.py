@@ -37,6 +37,7 @@ def timed() -> list[Timed]:
 def test_a_row_names_the_fastest_of_ours_and_of_theirs(rows: ModuleType) -> None:
     row = rows.row_of("MobileNetV2", 2, "depthwise", LAYER, timed(), {"torch": "absent"})
     assert [row[name] for name in rows.KEY] == ["MobileNetV2", 16, 16, [3, 3], [2, 2], 16, [28, 14], 2, "fp16"]
+    assert rows.problem_of(row) == LAYER
     assert (row["ours_dense_us"], row["config"]) == (3.1, "twofour depthwise walk 2 4 1 1")
     assert (row["cudnn_us"], row["cudnn_plan"], row["ours_sparse_us"], row["torch_us"]) == (6.0, "cudnn 0", None, None)
     assert row["spread"] == {"ours": 0.02, "cudnn": 0.03}
