@@ -3,23 +3,23 @@
 Every distinct layer at 224 x 224, fp16, with its bias and activation: each candidate of our two kernels, cuDNN's plans with the epilogue
 fused and apart (tried in processes of their own first), all interleaved; and torch's channels-last convolution alone, without bias and
 activation. Our results are checked against float64 before they are timed. Times are burst medians by `timing/gpu.py` (CUDA graph, operands
-rotated over 3 x L2); the limit is what X and Y take at the copy rate of one H200.
+rotated over 3 x L2). Prints a line a layer and the sums by count; `--json FILE` adds the rows to those of the file (conv_rows.py).
 
-    python benchmarks/depthwise.py [--nets MBV2 EFF CNX] [--batches 256 1] [--plans 3] [--wide] [--no-peer] [--json FILE]
+    python benchmarks/depthwise.py [--nets MobileNetV2 …] [--batches 256 1] [--plans 3] [--wide] [--no-peer] [--json FILE]
 
 `--wide` times many more configs of ours instead of the candidates: what the model of the contract is set by.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import conv_rows
 import torch
+from conv_rows import Row, say, total_line
 from torch.nn import functional as F
 
 from twofour.builder.tactics.bench import Bench
@@ -35,33 +35,27 @@ from twofour.kernels.families import OURS
 from twofour.kernels.launchable import kernel_source, launchable
 from twofour.timing.gpu import Candidate, Stopwatch, sets_for
 
-PEAK_BYTES_A_US = 4.27e6  # device-to-device copy of one H200, read and write
 CLOCK_MHZ = 1750
-ACTIVATION = {"MBV2": "relu6", "EFF": "silu", "CNX": "none"}
+ACTIVATION = {"MobileNetV2": "relu6", "EfficientNet-B0": "silu", "ConvNeXt-B": "none"}
 
-# net, channels, kernel, stride, pixels of a side, count
-LAYERS = [
-    ("MBV2", 32, 3, 1, 112, 1), ("MBV2", 96, 3, 2, 112, 1), ("MBV2", 144, 3, 1, 56, 1), ("MBV2", 144, 3, 2, 56, 1),
-    ("MBV2", 192, 3, 1, 28, 2), ("MBV2", 192, 3, 2, 28, 1), ("MBV2", 384, 3, 1, 14, 4), ("MBV2", 576, 3, 1, 14, 2),
-    ("MBV2", 576, 3, 2, 14, 1), ("MBV2", 960, 3, 1, 7, 3),
-    ("EFF", 32, 3, 1, 112, 1), ("EFF", 96, 3, 2, 112, 1), ("EFF", 144, 3, 1, 56, 1), ("EFF", 144, 5, 2, 56, 1), ("EFF", 240, 5, 1, 28, 1),
-    ("EFF", 240, 3, 2, 28, 1), ("EFF", 480, 3, 1, 14, 2), ("EFF", 480, 5, 1, 14, 1), ("EFF", 672, 5, 1, 14, 2), ("EFF", 672, 5, 2, 14, 1),
-    ("EFF", 1152, 5, 1, 7, 3), ("EFF", 1152, 3, 1, 7, 1),
-    ("CNX", 128, 7, 1, 56, 3), ("CNX", 256, 7, 1, 28, 3), ("CNX", 512, 7, 1, 14, 27), ("CNX", 1024, 7, 1, 7, 3),
-]  # fmt: skip
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+# channels, kernel, stride, pixels of a side, count
+LAYERS = {
+    "MobileNetV2": [
+        *((32, 3, 1, 112, 1), (96, 3, 2, 112, 1), (144, 3, 1, 56, 1), (144, 3, 2, 56, 1), (192, 3, 1, 28, 2), (192, 3, 2, 28, 1)),
+        *((384, 3, 1, 14, 4), (576, 3, 1, 14, 2), (576, 3, 2, 14, 1), (960, 3, 1, 7, 3)),
+    ],
+    "EfficientNet-B0": [
+        *((32, 3, 1, 112, 1), (96, 3, 2, 112, 1), (144, 3, 1, 56, 1), (144, 5, 2, 56, 1), (240, 5, 1, 28, 1), (240, 3, 2, 28, 1)),
+        *((480, 3, 1, 14, 2), (480, 5, 1, 14, 1), (672, 5, 1, 14, 2), (672, 5, 2, 14, 1), (1152, 5, 1, 7, 3), (1152, 3, 1, 7, 1)),
+    ],
+    "ConvNeXt-B": [(128, 7, 1, 56, 3), (256, 7, 1, 28, 3), (512, 7, 1, 14, 27), (1024, 7, 1, 7, 3)],
+}
 
 
 @dataclasses.dataclass
 class Layer:
     """A layer at one batch size, the configs of ours to time, and what came of trying cuDNN's plans."""
 
-    name: str
     net: str
     count: int
     problem: conv.Problem
@@ -73,13 +67,12 @@ def layers(nets: Sequence[str], batches: Sequence[int], wide: bool) -> list[Laye
     """Return what to time."""
     found = []
     for batch in batches:
-        for net, channels, kernel, stride, side, count in LAYERS:
-            if net in nets:
-                epilogue = conv.Epilogue(ACTIVATION[net], bias=True)
+        for net in nets:
+            epilogue = conv.Epilogue(ACTIVATION[net], bias=True)
+            for channels, kernel, stride, side, count in LAYERS[net]:
                 pads, square, strides = (kernel // 2,) * 4, (kernel, kernel), (stride, stride)
                 p = conv.Problem(batch, side, side, channels, channels, square, strides, pads, groups=channels, epilogue=epilogue)
-                configs = many(p) if wide else depthwise.candidates(p)
-                found.append(Layer(f"{net} {channels} {kernel}x{kernel}/{stride} at {side}, batch {batch}", net, count, p, configs))
+                found.append(Layer(net, count, p, many(p) if wide else depthwise.candidates(p)))
     return found
 
 
@@ -143,61 +136,48 @@ def torch_us(p: conv.Problem, watch: Stopwatch, rounds: int) -> float:
     return us
 
 
+def time_layer(layer: Layer, bench: Bench, peer: bool, rounds: int) -> tuple[Row, int]:
+    """Check and time every way of a layer; return its row, and how many of our configs were wrong, which are not timed."""
+    p, left_out = layer.problem, {}
+    ways = []
+    for config in layer.configs:
+        ways.append(Way("depthwise", OURS, p, config))
+        worst = check(p, config)
+        if worst > 1:
+            left_out[str(ways.pop())] = f"WRONG: {worst:.1f} times the bound"
+    wrong = len(left_out)
+    for form, outcome in layer.outcomes:
+        if outcome.reason is not None:
+            left_out[f"cudnn{', epilogue apart' * bool(form)}"] = outcome.reason
+        ways += [Way("conv", "cudnn", p, None, form + plan) for plan in outcome.best(2)]
+    torch.cuda.empty_cache()
+    timed = bench.time(ways)
+    us = None
+    if peer:
+        try:
+            us = round(torch_us(p, bench.watch, rounds), 2)
+        except (RuntimeError, TwofourError) as e:
+            left_out["torch"] = str(e).splitlines()[0]
+    return conv_rows.row_of(layer.net, layer.count, "depthwise", p, timed, left_out, us), wrong
+
+
 def short(config: depthwise.Config) -> str:
     """Return a config in a few letters."""
     return f"{config.kernel[0]}{config.channels}x{config.columns}x{config.rows}" + (f"x{config.images}" if config.images > 1 else "")
 
 
-def time_layer(layer: Layer, bench: Bench, peer: bool, rounds: int) -> dict[str, Any]:
-    """Check and time every way of a layer."""
-    p, left_out, names = layer.problem, {}, {}
-    ways = []
-    for config in layer.configs:
-        worst = check(p, config)
-        if worst > 1:
-            left_out[short(config)] = f"WRONG: {worst:.1f} times the bound"
-            continue
-        ways.append(Way("depthwise", OURS, p, config))
-        names[str(ways[-1])] = short(config)
-    for form, outcome in layer.outcomes:
-        if outcome.reason is not None:
-            left_out[f"cudnn form {form}"] = outcome.reason
-        for plan in outcome.best(2):
-            ways.append(Way("conv", "cudnn", p, None, form + plan))
-            names[str(ways[-1])] = f"cudnn{plan}{'+' if form else ''}"
-    torch.cuda.empty_cache()
-    times: dict[str, float] = {}
-    for timed in bench.time(ways):
-        name = names[str(timed.way)]
-        if timed.figure is None:
-            left_out[name] = timed.reason
-        else:
-            times[name] = round(timed.figure.median_us, 2)
-    if peer:
-        try:
-            times["torch"] = round(torch_us(p, bench.watch, rounds), 2)
-        except (RuntimeError, TwofourError) as e:
-            left_out["torch"] = str(e).splitlines()[0]
-    modelled = {short(c): round(modelled_clocks(p, c) / CLOCK_MHZ, 2) for c in layer.configs}
-    limit = 2 * p.inputs * p.batch * (p.height * p.width + p.out_height * p.out_width) / PEAK_BYTES_A_US
-    row = {"name": layer.name, "net": layer.net, "batch": p.batch, "count": layer.count, "limit_us": round(limit, 2)}
-    return row | {"times_us": times, "modelled_us": modelled, "left_out": left_out}
-
-
-def best_of(row: dict[str, Any], *prefixes: str) -> float:
-    """Return the fastest of the ways whose name starts so."""
-    return min((us for name, us in row["times_us"].items() if name.startswith(prefixes)), default=float("nan"))
-
-
-def show(row: dict[str, Any]) -> None:
-    """Print a layer's line."""
-    ours, theirs = best_of(row, "w", "b"), best_of(row, "cudnn")
-    ranked = sorted((item for item in row["times_us"].items() if item[0][0] in "wb"), key=lambda item: item[1])
-    text = ", ".join(f"{name} {us:.1f} ({row['modelled_us'][name]:.0f})" for name, us in ranked[:8])
-    beside = f"cudnn {theirs:7.1f} | torch {best_of(row, 'torch'):7.1f}"
-    say(f"{row['name']:34s} limit {row['limit_us']:6.1f} | ours {ours:6.1f} = {ours / row['limit_us']:5.2f} x | {beside} | {text}")
-    for name, reason in row["left_out"].items():
-        say(f"    left out {name}: {reason[:150]}")
+def show(row: Row, layer: Layer) -> None:
+    """Print a layer's line; of our configs the time, and the modelled one in parentheses."""
+    p, times = layer.problem, row["times_us"]
+    name = f"{layer.net} {p.inputs} {p.kernel[0]}x{p.kernel[1]}/{p.strides[0]} at {p.height}, batch {p.batch}"
+    by_config = [(times[way], c) for c in layer.configs if (way := str(Way("depthwise", OURS, p, c))) in times]
+    ranked = sorted(by_config, key=lambda item: item[0])
+    text = ", ".join(f"{short(c)} {us:.1f} ({modelled_clocks(p, c) / CLOCK_MHZ:.0f})" for us, c in ranked[:8])
+    limit, ours, theirs, peer = (row[column] or float("nan") for column in ("limit_us", "ours_dense_us", "cudnn_us", "torch_us"))
+    beside = f"cudnn {theirs:7.1f} | torch {peer:7.1f}"
+    say(f"{name:46s} limit {limit:6.1f} | ours {ours:6.1f} = {ours / limit:5.2f} x | {beside} | {text}")
+    for way, reason in row["left_out"].items():
+        say(f"    left out {way}: {reason[:150]}")
 
 
 def main() -> None:
@@ -225,25 +205,20 @@ def main() -> None:
             say(f"[{time.perf_counter() - begin:4.0f} s] cuDNN {version()}: {sum(len(o.times_us) for o in outcomes)} plans ran")
         except TwofourError as e:
             say(f"no cuDNN: {e}")
-    bench, rows, wrong = Bench(Stopwatch()), [], 0
+    bench, run, wrong = Bench(Stopwatch()), conv_rows.head(), 0
+    where = conv_rows.machine(bench.watch)
+    rows: list[Row] = []
     for layer in found:
-        rows.append(time_layer(layer, bench, not options.no_peer, options.rounds))
-        show(rows[-1])
-        wrong += sum(reason.startswith("WRONG") for reason in rows[-1]["left_out"].values())
+        row, errors = time_layer(layer, bench, not options.no_peer, options.rounds)
+        show(row, layer)
+        rows.append(row)
+        wrong += errors
         torch.cuda.empty_cache()
         if options.json:
-            options.json.write_text(json.dumps({"schema": 1, "kind": "depthwise", "rows": rows}, indent=1))
+            conv_rows.add(options.json, where, run, [row])
     for batch in options.batches:
         for net in options.nets:
-            chosen = [row for row in rows if (row["net"], row["batch"]) == (net, batch)]
-            columns = {
-                "limit": lambda row: row["limit_us"],
-                "ours": lambda row: best_of(row, "w", "b"),
-                "cudnn": lambda row: best_of(row, "cudnn"),
-                "torch": lambda row: best_of(row, "torch"),
-            }
-            sums = {name: sum(row["count"] * value(row) for row in chosen) for name, value in columns.items()}
-            say(f"{net} batch {batch}, us of all layers by count: " + ", ".join(f"{name} {us:.0f}" for name, us in sums.items()))
+            say(total_line([row for row in rows if (row["net"], row["batch"]) == (net, batch)]))
     say(f"{len(rows)} layers in {time.perf_counter() - begin:.0f} s, {wrong} wrong")
     sys.exit(1 if wrong else 0)
 

@@ -1,9 +1,11 @@
 """How far `twofour estimate` is from whole networks that were measured: predictions beside the rows of results/GPU/engine.json.
 
     python evidence/estimate_networks.py results/nvidia-h200/engine.json results/cpu/estimate-networks.json [--work DIR]
+        [--layers results/nvidia-h200/conv.json]
 
 Needs no GPU. The dense networks of evidence/engine.py are exported to `--work`, where they are not there already; predictions take the
-channels and sizes only, so untrained ones serve. `estimate.NETWORKS_ERROR` states what comes out; a test compares them.
+channels and sizes only, so untrained ones serve. `estimate.NETWORKS_ERROR` states what comes out and is printed; a test compares them.
+With `--layers` the grouped and depthwise layers measured there are compared too (estimate_layers.py).
 """
 
 import argparse
@@ -17,9 +19,10 @@ from pathlib import Path
 import engine
 import torch
 from engine_rows import NETWORKS, OFF, SPARSE, read
+from estimate_layers import report
 
 import twofour
-from twofour.builder.estimate import estimate
+from twofour.builder.estimate import estimate, networks_error
 from twofour.builder.gpus import GPUS
 from twofour.files import write_text
 
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("measured", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs") / "engine")
+    parser.add_argument("--layers", type=Path)
     a = parser.parse_args()
     times = {(r["net"], r["batch"], r["precision"], r["variant"]): r for r in read(a.measured)["rows"] if "error" not in r}
     rows = []
@@ -48,6 +52,9 @@ def main() -> None:
         head = {"net": net, "batch": batch, "precision": precision, "gpu": gpu}
         rows.append({**head, "predicted_ms": predicted, "measured_ms": [off["ms"], sparse["ms"]]})
         sys.stdout.write(f"{net} batch {batch}: dense, 2:4 predicted {predicted}, measured {rows[-1]['measured_ms']}\n")
+    sys.stdout.write(f"NETWORKS_ERROR = {networks_error(rows)}\n")
+    for text in report(a.layers, (256, 64)) if a.layers else ():
+        sys.stdout.write(text + "\n")
     head = {
         "schema": 1,
         "kind": "estimate networks",

@@ -221,19 +221,22 @@ def every(problem: Problem, num_sms: int = 132) -> Sequence[Config]:
     """Return the legal configs of every shape, strips of several heights, the believed best first."""
     if _why_not_problem(problem) is not None:
         return []
-    found = {c: clocks(problem, c, num_sms) for c in _all(problem) if why_not(problem, c) is None}
+    found = {c: clocks(problem, c, num_sms) for c in _all(problem, num_sms) if why_not(problem, c) is None}
     return sorted(found, key=lambda c: (found[c], c))
 
 
-def _all(p: Problem) -> Iterator[Config]:
+def _all(p: Problem, num_sms: int) -> Iterator[Config]:
     for warps, tiles, blocks in SHAPES[unit(p)]:
         most = 16 * warps * tiles
         column_tiles = _ceil(p.out_width, most)
         columns = _ceil(p.out_width, column_tiles)
-        groups = _ceil(p.batch, min(MOST_BOX, max(1, most // columns)))
-        images = _ceil(p.batch, groups)
+        at_once = max(1, num_sms * blocks // _ceil(p.inputs, SLAB))
         for parts in (1, 2, 3, 4, 7, 14, p.out_height):
             strip = _ceil(p.out_height, min(parts, p.out_height))
+            # The fewest images a tile that need no more waves than the most do.
+            each = column_tiles * _ceil(p.out_height, strip)
+            waves = _ceil(_ceil(p.batch, min(MOST_BOX, max(1, most // columns))) * each, at_once)
+            images = _ceil(p.batch, waves * at_once // each)
             for stages in range(MOST_STAGES, 1, -1):
                 config = Config(warps, tiles, images, columns, strip, stages, blocks)
                 if why_not(p, config) is None:
