@@ -316,6 +316,17 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(untrusted, "CHILD", "raise SystemExit('no such library')")
     with pytest.raises(TwofourError, match=r"trying the libraries' plans failed before or between plans \(exit code 1\): no such library"):
         untrusted.try_plans([untrusted.Trial("conv", PROBLEM)])
+    monkeypatch.setattr(untrusted, "CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(untrusted, "START_PATIENCE_S", 0.2)
+    with pytest.raises(TwofourError, match=r"failed before or between plans \(exit code -9\): it said nothing for 0 s"):
+        untrusted.try_plans([untrusted.Trial("conv", PROBLEM)])
+
+
+def test_a_process_may_take_longer_to_start_than_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "CHILD", f"import time; time.sleep(0.5)\n{CHILD}")
+    monkeypatch.setattr(untrusted, "PATIENCE_S", 0.4)
+    (outcome,) = untrusted.try_plans([untrusted.Trial("conv", PROBLEM, most=4)])
+    assert sorted(outcome.times_us) == [0, 2, 3]
 
 
 def test_a_process_that_waits_for_the_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

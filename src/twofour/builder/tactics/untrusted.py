@@ -30,7 +30,8 @@ from twofour.kernels.families import read_problem
 from twofour.kernels.records import to_plain
 
 logger = logging.getLogger(__name__)
-PATIENCE_S = 60.0  # without a word from the process
+# Without a word from the process: before its first, for which it loads libraries while others do on a busy machine, and from then on.
+START_PATIENCE_S, PATIENCE_S = 300.0, 60.0
 WAIT_S, POLL_S = 5.0, 0.002  # for the lock: from word to word, from try to try
 BROKEN = 70  # exit code of a process whose CUDA context an error ended
 SAMPLES = 5
@@ -131,7 +132,8 @@ def _one_process(
         reader.start()
         process.stdin.write(json.dumps(request))
         process.stdin.close()
-        for line in _patient(process):
+        silence = _Silence(process)
+        for line in silence.lines():
             answer = json.loads(line)
             if "waiting" in answer:
                 continue
@@ -152,22 +154,34 @@ def _one_process(
     if code == 0:
         return None
     if current is None:
-        last = (said or ["no output"])[-1].strip()
+        last = f"it said nothing for {silence.patience_s:.0f} s" if silence.is_over else (said or ["no output"])[-1].strip()
         raise TwofourError(f"trying the libraries' plans failed before or between plans (exit code {code}): {last}")
     return (*current, f"exit code {code}")
 
 
-def _patient(process: "subprocess.Popen[str]") -> Iterator[str]:
-    """Lines of a process, which is ended when it says nothing for `PATIENCE_S`."""
-    assert process.stdout is not None
-    while True:
-        timer = threading.Timer(PATIENCE_S, process.kill)
-        timer.start()
-        line = process.stdout.readline()
-        timer.cancel()
-        if not line:
-            return
-        yield line
+class _Silence:
+    """The lines of a process, which is ended when it says nothing for too long."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self.patience_s, self.is_over = START_PATIENCE_S, False
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines as they come."""
+        assert self._process.stdout is not None
+        while True:
+            timer = threading.Timer(self.patience_s, self._end)
+            timer.start()
+            line = self._process.stdout.readline()
+            timer.cancel()
+            if not line:
+                return
+            self.patience_s = PATIENCE_S
+            yield line
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._process.kill()
 
 
 def main() -> None:
