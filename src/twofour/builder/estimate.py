@@ -28,7 +28,7 @@ TILE = 128
 SPLIT_INPUTS = 384  # the fewest input channels that one of the parts of a tile cut along them has
 SPARSE_WEIGHT_BYTES = 1.125  # a weight: half the values of two bytes, two bits of position for each of these
 # Tensor cores multiply narrower convolutions of several positions as if they had this many channels: groups, and whole images.
-LEAST_GROUP, LEAST_CHANNELS = 100, 32
+LEAST_GROUP, LEAST_CHANNELS = 61, 32
 NATIVE_GROUPS, BY_GROUP = (4, 8, 16, 32, 64), 3.5  # widths that cuDNN has kernels for; groups of others are computed one by one
 OVERLAPPING = 1.6  # the arithmetic of a strided convolution whose patches overlap takes so much longer
 
