@@ -87,7 +87,7 @@ def conv_us(**different: Any) -> float:
 def test_what_libraries_are_slow_at_is_predicted_so() -> None:
     assert conv_us(outputs=64) == pytest.approx(conv_us(), rel=0.05)  # half of a tile's columns does nothing
     assert conv_us(inputs=16) > 0.9 * conv_us(inputs=32)
-    assert conv_us(groups=16) > 0.7 * conv_us()  # though it is a sixteenth of the work
+    assert conv_us(groups=16) > 0.4 * conv_us()  # though it is a sixteenth of the work
     assert conv_us(groups=128) > 2 * conv_us(kernel=(1, 1), pads=(0, 0, 0, 0), inputs=8, outputs=128)
     assert conv_us(height=112, width=112, strides=(2, 2)) > 1.4 * conv_us()
     assert conv_us(epilogue=conv.Epilogue("gelu")) > conv_us(epilogue=conv.Epilogue("relu")) + 3.0
@@ -154,7 +154,9 @@ def test_the_command_prints_tables_and_json(linear: Path) -> None:
     assert table.exit_code == 0, table.output
     assert "A prediction from data-sheet rates, not a measurement." in table.output
     assert "8192×4096 → 4096" in table.output
-    assert "On an H200, of 7 whole networks: a dense pass is off by 10 % (median)" in table.output.replace("\n", " ")
+    error = NETWORKS_ERROR["dense"]
+    said = f"On an H200, of {error.n} whole networks: a dense pass is off by {100 * error.median:.0f} % (median)"
+    assert said in table.output.replace("\n", " ")
     printed = CliRunner().invoke(command_line, ["estimate", str(linear), "--batch", "64", "--json"])
     assert [row["gpu"] for row in json.loads(printed.output)] == list(GPUS)
 
