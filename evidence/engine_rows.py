@@ -198,11 +198,20 @@ def _millijoules(row: Mapping[str, Any] | None) -> str:
 
 
 def _where(shown: Sequence[tuple[Group, dict[str, dict[str, Any]]]], recorded: Mapping[str, Any]) -> str:
-    """Where the rows were measured, by what command."""
+    """Where and when the rows were measured, by what command."""
     rows = [row for _, by in shown for row in by.values()]
     machines = dict.fromkeys(f"{row['gpu']}, driver {row['driver']}, power limit {row['power_limit_w']:.0f} W" for row in rows)
     libraries = dict.fromkeys(", ".join(f"{name} {version}" for name, version in row["versions"].items() if version) for row in rows)
-    return f"{'; '.join(machines)}; {'; '.join(libraries)}; {recorded['date'][:10]}; `{recorded['command']}`."
+    return f"{'; '.join(machines)}; {'; '.join(libraries)}; {_days(rows, recorded)}; `{recorded['command']}`."
+
+
+def _days(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) -> str:
+    """The days of measuring; those of torch.compile, whose rows stay when our kernels change, apart where they are others."""
+    days: dict[bool, set[str]] = {False: set(), True: set()}
+    for row in rows:
+        days[row["variant"] == PEER].add(row.get("date", recorded["date"])[:10])
+    ours, peer = (", ".join(sorted(days[is_peer])) for is_peer in (False, True))
+    return ours if peer in ("", ours) else f"{ours}, {PEER} {peer}"
 
 
 def short_table(recorded: Mapping[str, Any], sources: Mapping[str, str]) -> str:

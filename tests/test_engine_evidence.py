@@ -127,6 +127,13 @@ def test_the_tables_show_the_rows_of_the_present_kernels_only(rows: ModuleType) 
     assert rows.short_table({"rows": stale}, SOURCES) == rows.NO_ROWS
 
 
+def test_the_tables_say_on_which_days_rows_were_measured(rows: ModuleType) -> None:
+    found = [row("torch.compile", 4.0) | {"date": "2026-11-01T10"}, *(row(v) | {"date": "2026-11-03T10"} for v in ("off", "2:4"))]
+    recorded = {"date": "2026-11-04T00:00", "command": "c", "rows": [*found, row("off", batch=1), row("2:4", batch=1)]}
+    for table in (rows.short_table(recorded, SOURCES), rows.full_table(recorded, SOURCES)):
+        assert table.endswith("; 2026-11-03, 2026-11-04, torch.compile 2026-11-01; `c`.")
+
+
 def test_groups_are_named_dealt_out_and_refused(rows: ModuleType) -> None:
     every = rows.groups([], [], ["fp16"])
     shards = [rows.groups([], [], ["fp16"], (i, 2)) for i in (1, 2)]
