@@ -237,8 +237,7 @@ def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwa
         except metadata.PackageNotFoundError:
             versions[package] = ""
     key = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
-    key["overlap"] = False
-    key["candidates"] = [str(t) for t in candidates]
+    key |= {"candidates": [str(t) for t in candidates], "overlap": False}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if folder is None:
         base = os.environ.get("TWOFOUR_CACHE_DIR") or os.path.join(
