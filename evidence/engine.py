@@ -446,6 +446,16 @@ def note_machine(path: Path) -> None:
     write_text(path, json.dumps(Meter().machine()) + "\n")
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """Return the command that measures the same: without its folders, and without how the work was cut into parts."""
+    words = ["python", "evidence/engine.py", options.out.name]
+    for name in ("nets", "batches", "precisions"):
+        chosen = getattr(options, name)
+        if chosen and chosen != ["fp16"]:
+            words += [f"--{name}", *map(str, chosen)]
+    return shlex.join(words + ["--no-peer"] * options.no_peer)
+
+
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -468,7 +478,7 @@ def main() -> None:
         cache = cache.with_stem(f"{cache.stem}-{shard[0]}-of-{shard[1]}")
     begin = time.time()
     end = None if options.minutes is None else begin + 60 * options.minutes
-    run = Run(options.out, options.work, cache, f"python {shlex.join(sys.argv)}", begin, end)
+    run = Run(options.out, options.work, cache, command_of(options), begin, end)
     if options.prepare:
         unready = [net for net in dict.fromkeys(group.net for group in groups) if not is_ready(run.folder(net))]
         sys.exit("\n".join(prepare_all(run, unready).values()) or None)

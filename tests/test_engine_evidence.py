@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +166,14 @@ def test_a_group_that_fails_or_comes_too_late_is_not_lost(engine: ModuleType, tm
     with pytest.raises(engine.TimeIsUp):
         engine.measure_all(engine.Run(tmp_path / "late.json", tmp_path, tmp_path / "cache", "c", 0.0, 1.0), dict.fromkeys(groups, ("off",)))
     assert not (tmp_path / "late.json").exists()
+
+
+def test_the_recorded_command_names_what_was_measured_and_no_folder(engine: ModuleType) -> None:
+    asked: dict[str, Any] = {"out": Path("/home/me/engine.json"), "work": Path("/home/me/work"), "minutes": 4.5, "no_peer": False}
+    options = SimpleNamespace(**asked, nets=["ViT-B/16"], batches=[8, 16], precisions=["fp16"])
+    assert engine.command_of(options) == "python evidence/engine.py engine.json --nets ViT-B/16 --batches 8 16"
+    options = SimpleNamespace(**asked | {"no_peer": True}, nets=[], batches=[], precisions=["bf16"])
+    assert engine.command_of(options) == "python evidence/engine.py engine.json --precisions bf16 --no-peer"
 
 
 def test_agreement_and_the_peers_folding(engine: ModuleType) -> None:

@@ -95,6 +95,8 @@ REASONS = [
     (Config(tile_rows=128, tile_tokens=136), "halves its tokens between two warpgroups, expected a multiple of 16 from 128, got 136"),
     (Config(stages=2), "a ring of 2 stages cannot keep two in flight, expected at least 3"),
     (Config(stages=6), "6 stages and the staged outputs need"),
+    (Config(tile_tokens=64, stages=7), "the barriers of 7 stages take 136 bytes, there are 128; use fewer stages"),
+    (Config(tile_tokens=64, stages=7, buffers=2), "the barriers of 7 stages take 144 bytes, there are 128"),
 ]
 
 

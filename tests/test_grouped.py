@@ -83,6 +83,7 @@ REFUSED = [
     (replace(GOOD, epilogue=Epilogue(residual=True)), "the epilogue adds a residual, expected none"),
     (replace(GOOD, y_pitch=132), "pixels lie 128 and 132 elements apart, expected multiples of 8"),
     (replace(GOOD, height=2**22, width=2**22), "images of 4503599627370496 bytes"),
+    (problem(1, (1, 1), 2**26, 64), "4831838208 pieces of 16 bytes of weights, expected at most 2147483647"),
 ]
 
 

@@ -213,7 +213,8 @@ def test_outputs_that_nothing_computes_and_inputs_of_text_are_refused() -> None:
 def test_what_not_even_fallback_runs_is_refused() -> None:
     proto = text_model("float[2,4] x", "a = NonZero(x) y = Cast <to=1> (a)")
     with pytest.raises(
-        UnsupportedError, match=r"2 nodes that fallback cannot run either: NonZero \(NonZero_0\) with its output's size is not"
+        UnsupportedError,
+        match=r"2 nodes that fallback cannot run either: NonZero \(NonZero_0\), whose output's size is not known before it runs; Cast",
     ):
         imported(proto, fallback=True)
     proto = text_model("float[2,4] x", "y = Relu(x)")

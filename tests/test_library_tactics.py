@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from twofour.builder.tactics import gemm as product_tactics
 from twofour.builder.tactics import untrusted
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.kernels import attention, conv, gemm, matmul, pointwise
@@ -360,6 +361,21 @@ def test_an_error_that_ends_the_context_ends_the_process_and_any_other_is_told(m
 
 def test_short_launches_are_timed_many_at_once() -> None:
     assert [untrusted.launches_for(us) for us in (0.0, 5.0, 100.0, 390.0, 1e5)] == [20, 20, 4, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": True}])
+def test_a_product_is_timed_as_its_caller_launches_it(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`twofour.nn` launches one kernel behind another, engines let them overlap."""
+    asked: list[bool] = []
+
+    def prepared(*_: Any, overlap: bool = False, **__: Any) -> Any:
+        asked.append(overlap)
+        return SimpleNamespace(workspace_bytes=0)
+
+    monkeypatch.setattr(product_tactics, "Gemm", prepared)
+    monkeypatch.setattr(product_tactics, "Buffer", lambda *_, **__: SimpleNamespace(pointer=0))
+    product_tactics.prepare(gemm.Problem(64, 64, 64), product_tactics.Tactic("twofour", True, gemm.Config()), **options)
+    assert asked == [bool(options)]
 
 
 def test_cusparselt_searches_the_bare_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The contracts of the plain families, convolution and attention: pure functions, checked by emulating their index arithmetic."""
 
 import itertools
+import re
 import struct
 from math import prod
 from pathlib import Path
@@ -324,11 +325,25 @@ def test_nearest_pixels_are_the_oracles() -> None:
         assert np.array_equal(y, x[:, rows][:, :, columns])
 
 
-@pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.launcher is not None])
-def test_every_kernel_waits_for_the_grid_before_it(name: str) -> None:
-    # Engines launch our kernels while the one before drains; one that did not wait would read what is not written yet.
-    launcher = families.FAMILIES[name].launcher
-    assert launcher is not None
-    folder = Path(families.__file__).parent / launcher[0]
-    texts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.cuh"))
-    assert "wait_for_earlier_grid();" in texts
+# What a kernel of a family runs: a function of its parameters alone; of products only the tuned one is launched so.
+ENTRY = re.compile(r"__forceinline__ void (\w+)\(const \w+Params& p(?:, const TensorMap\* residual = nullptr)?\) \{\n(.*?)\n\}\n", re.DOTALL)
+ENTRIES = {
+    **{"gemm": {"gemm_tuned"}, "pointwise": {"pointwise", "pointwise_tiled"}, "pool": {"pool", "resize"}, "grouped": {"grouped"}},
+    **{"reduce": {"reduce_rows", "reduce_columns"}, "patches": {"patches"}, "depthwise": {"walk", "band"}},
+}
+
+
+def test_every_kernel_waits_for_the_grid_before_it() -> None:
+    # Engines launch our kernels while the one before drains; one that did not wait, with all its threads, would read what is not written
+    # yet, and let the next one do so.
+    folders = {family.launcher[0] for family in families.FAMILIES.values() if family.launcher is not None} | {"gemm"}
+    assert folders == set(ENTRIES)
+    for folder, wanted in ENTRIES.items():
+        paths = [path for path in (Path(families.__file__).parent / folder).glob("*.cuh") if path.stem != "gemm_naive_16bit"]
+        texts = "".join(path.read_text(encoding="utf-8") for path in paths if "pipelined" not in path.stem)
+        found = dict(ENTRY.findall(texts))
+        assert set(found) == wanted
+        for entry, body in found.items():
+            before, waits, _ = body.partition("wait_for_earlier_grid();")
+            assert waits, entry
+            assert not re.search(r"\breturn\b|\bfor \((?!int i = 0; i < T::)", before), entry

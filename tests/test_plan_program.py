@@ -40,6 +40,12 @@ def changed(file: Path, change: Any) -> Path:
     return file
 
 
+def test_the_page_states_the_limit_of_the_workspace() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"the workspace has at most {families.WORKSPACE_CAP >> 30} GiB" in page
+    assert families.WORKSPACE_CAP % (1 << 30) == 0
+
+
 def test_a_gpu_plan_survives_its_file_to_the_byte(file: Path) -> None:
     again = Plan.load(file)
     assert again.programs == plan().programs

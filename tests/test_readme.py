@@ -33,6 +33,13 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "model.plan").is_file()
 
 
+def test_a_word_has_one_meaning() -> None:
+    lines = (ROOT / "docs" / "words.md").read_text(encoding="utf-8").splitlines()
+    words = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert len(words) > 40
+    assert [word for word in words if words.count(word) > 1] == []
+
+
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):

@@ -184,7 +184,7 @@ def refuse_hopeless(model: ir.Model, where: str) -> None:
         if node.domain not in ("", "ai.onnx", "twofour"):
             hopeless.append(f"{node.domain}.{named(node, index)}")
         elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
-            hopeless.append(f"{named(node, index)} with its output's size is not known before it runs")
+            hopeless.append(f"{named(node, index)}, whose output's size is not known before it runs")
     if hopeless:
         raise UnsupportedError(f"import: {where!r} has {len(hopeless)} nodes that fallback cannot run either: {'; '.join(hopeless)}")
 

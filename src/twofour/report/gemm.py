@@ -83,7 +83,7 @@ class _Bench:
         ready: list[tuple[Prepared, Graph]] = []
         for tactic in self._tactics(contender):
             try:
-                prepared = prepare(self.problem, tactic)
+                prepared = prepare(self.problem, tactic, overlap=True)
                 ready.append((prepared, self.watch.graph(self.operands.candidate(prepared))))
             except (InputError, MissingExtraError, UnsupportedError) as e:
                 self.notes[str(tactic)] = str(e)

@@ -85,8 +85,11 @@ class Prepared:
         return int(adopted.pointer if isinstance(adopted, Buffer) else adopted.data_ptr())
 
 
-def prepare(problem: Problem, tactic: Tactic, device: int = 0) -> Prepared:
+def prepare(problem: Problem, tactic: Tactic, device: int = 0, *, overlap: bool = False) -> Prepared:
     """Return `tactic` planned and compiled for `problem`: `call(x, weight, d, stream)` launches a plain product.
+
+    Args:
+        overlap: our kernels are launched while the one before drains, as engines do it; `twofour.nn` does not.
 
     Raises:
         InputError: `why_not` has a reason. MissingExtraError, UnsupportedError: it cannot run here.
@@ -112,8 +115,7 @@ def prepare(problem: Problem, tactic: Tactic, device: int = 0) -> Prepared:
         return Prepared(
             tactic, call_sparse, lambda weight: sparse_lt.compress(weight.data_ptr()), sparse_lt.version, search=sparse_lt.search
         )
-    # As engines launch it.
-    ours = Gemm(replace(problem, sparse=tactic.sparse), tactic.config, device=device, overlap=True)
+    ours = Gemm(replace(problem, sparse=tactic.sparse), tactic.config, device=device, overlap=overlap)
     workspace = Buffer(ours.workspace_bytes, zeroed=True)
 
     def call(x: int, weight: int, d: int, stream: int) -> None:
@@ -235,6 +237,7 @@ def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwa
         except metadata.PackageNotFoundError:
             versions[package] = ""
     key = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
+    key["overlap"] = False
     key["candidates"] = [str(t) for t in candidates]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if folder is None:

@@ -21,7 +21,7 @@ TILE_TOKENS = (*range(64, 193, 8), 208, 224, 240, 256)
 SMEM_BYTES = 232_448  # the most one block may ask for on compute capability 9.0
 MAX_STAGES = 5
 STORE_CHUNKS = 4
-BARRIER_BYTES = 128  # full and empty barriers behind the stages
+BARRIER_BYTES = 128  # behind the stages: two barriers each, one a buffer of staged outputs, two for their turns
 FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
 MAX_DIM = 2**31 - 1
 
@@ -230,6 +230,9 @@ def why_not(problem: Problem, config: Config) -> str | None:
     needed = smem_bytes(problem, config)
     if needed > SMEM_BYTES:
         return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
+    barriers = 8 * (2 * config.stages + staging_buffers(problem, config) + 2)
+    if barriers > BARRIER_BYTES:
+        return f"the barriers of {config.stages} stages take {barriers} bytes, there are {BARRIER_BYTES}; use fewer stages"
     return None
 
 

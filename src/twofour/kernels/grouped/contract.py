@@ -133,6 +133,8 @@ def _why_not_problem(p: Problem) -> str | None:
     image = max(p.height * p.width * pitches[0], p.out_height * p.out_width * pitches[1]) * DTYPE_BYTES[p.dtype]
     if image >= MOST_BYTES or max(p.height, p.width, *p.pads) > MAX_DIM // 4:
         return f"images of {image} bytes and {p.height}x{p.width} pixels with pads {p.pads}, expected less than 2^40 bytes and 2^29 pixels"
+    if _weight_elems(p) // 8 > MAX_DIM:
+        return f"{_weight_elems(p) // 8} pieces of 16 bytes of weights, expected at most {MAX_DIM}"
     return None
 
 
@@ -296,7 +298,9 @@ def pack_weight(problem: Problem, bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def footprints(problem: Problem) -> dict[str, Footprint]:
     """Return what a launch touches: `x`, the packed `weight`, `d`, and `bias` where it is added."""
-    found = conv.footprints(problem)
-    size = unit(problem)
-    warps = _ceil(problem.inputs, SLAB) * SLAB // (8 * eights(size))
-    return {**found, "weight": Footprint(problem.dtype, warps * weight_words(size) * 64)}
+    return {**conv.footprints(problem), "weight": Footprint(problem.dtype, _weight_elems(problem))}
+
+
+def _weight_elems(p: Problem) -> int:
+    """Elements of the packed weight."""
+    return _ceil(p.inputs, SLAB) * SLAB // (8 * eights(unit(p))) * weight_words(unit(p)) * 64
