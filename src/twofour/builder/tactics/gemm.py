@@ -236,7 +236,7 @@ def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwa
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = ""
-    key = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
+    key: dict[str, Any] = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
     key["overlap"] = False
     key["candidates"] = [str(t) for t in candidates]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
