@@ -3,7 +3,8 @@
     python evidence/engine_agreement.py FOLDER results/nvidia-h200/engine-agreement.json
 
 FOLDER as in `accuracy_oneshot.py`; of the training images its first sheet is enough. Each network dense and pruned to 2:4 with its
-batch-norm re-estimated, in fp16 and bf16; a row holds how many of the predicted classes agree, and both accuracies.
+batch-norm re-estimated, in fp16 and bf16; a row holds how many of the predicted classes agree, and both accuracies. A row is written as
+soon as it is there; a second run keeps those of the same kernels, torch, machine and images.
 """
 
 import argparse
@@ -64,6 +65,14 @@ def row(
     }
 
 
+def kept(path: Path, machine: dict[str, Any], images: int) -> list[dict[str, Any]]:
+    """Return the rows of a file that need not be measured again."""
+    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if (value.get("machine"), value.get("sources_digests")) != (machine, sources_digests()):
+        return []
+    return [row for row in value["rows"] if row["images"] == images]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -80,23 +89,30 @@ def main() -> None:
     calibration = read(a.folder / "cifar10", "tr", 1)[0][: a.images].split(250)
     where = "cuda" if a.device.startswith("cuda") else "cpu"
     gpu = torch.cuda.get_device_name() if where == "cuda" else None
-    rows: list[dict[str, Any]] = []
+    machine = {"gpu": gpu, "torch": torch.__version__, "twofour": twofour.__version__}
+    rows = kept(a.out, machine, len(images))
+    known = {(row["net"], row["variant"], row["precision"]) for row in rows}
     for depth in a.depths:
+        name = f"ResNet-{depth}"
+        if all((name, variant, precision) in known for variant in ("dense", "2:4") for precision in a.precisions):
+            continue
         dense = CifarResNet(depth).eval()
         load(dense, next((a.folder / "resnet-cifar10").glob(f"resnet{depth}-*.th")))
         pruned = copy.deepcopy(dense)
         twofour.prune(pruned, (images[:2],), permute=False, calibration=calibration)
         for variant, model in (("dense", dense), ("2:4", pruned.eval())):
             for precision in a.precisions:
+                if (name, variant, precision) in known:
+                    continue
                 with TemporaryDirectory() as folder:
-                    name, copied = f"ResNet-{depth}", copy.deepcopy(model)
+                    copied = copy.deepcopy(model)
                     made = row(name, variant, copied, precision, images.to(where), labels, Path(folder), a.device, a.timing_cache)
                 rows.append(made)
                 log.info("%s", made)
                 value = {
                     "schema": 1,
                     "kind": "engine agreement",
-                    "machine": {"gpu": gpu, "torch": torch.__version__, "twofour": twofour.__version__},
+                    "machine": machine,
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                     "command": "python evidence/engine_agreement.py FOLDER results/nvidia-h200/engine-agreement.json",
                     "sources_digests": sources_digests(),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from test_plain_gpu import DTYPE, EPS, FAST, TINY, draw, run
 from torch.nn import functional as F
 
@@ -186,10 +187,11 @@ def layers() -> list[Case]:
 CASES = {group.__name__: group() for group in (windows, sizes, pads, epilogues, slices, layers)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    """The kernels of all cases, several compiled at once."""
-    fill_cache(kernel_source("depthwise", p, c, 132) for cases in CASES.values() for p, configs in cases for c in configs(p))
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The kernels of all cases, several compiled at once; by one worker of several, for all."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "compiling.lock"):
+        fill_cache(kernel_source("depthwise", p, c, 132) for cases in CASES.values() for p, configs in cases for c in configs(p))
 
 
 def named(case: Case) -> str:
@@ -197,6 +199,7 @@ def named(case: Case) -> str:
     return f"{p.batch}x{p.height}x{p.width}x{p.inputs},{p.kernel[0]}x{p.kernel[1]}s{p.strides[0]},{p.epilogue.activation},{p.dtype}"
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=named)
 def test_each_config_gives_the_result(case: Case) -> None:
     check(case[0], case[1](case[0]))
@@ -285,3 +288,10 @@ def test_a_missing_address_is_refused_before_the_launch() -> None:
     step = launchable("depthwise", "twofour", p, depthwise.default(p))
     with pytest.raises(InputError, match=r"bias=0x0.*expected multiples of 16 bytes for everything the problem uses"):
         step({"x": 256, "weight": 256, "d": 256}, 0, 0)
+
+
+def test_small_launches_for_the_memory_checker() -> None:
+    for kernel, stride in (((3, 3), 1), ((3, 3), 2), ((5, 5), 1), ((7, 7), 2)):
+        p = problem(2, 9, 7, 24, kernel, stride, epilogue=Epilogue("relu", bias=True))
+        # One config of each kernel.
+        check(p, list({config.kernel: config for config in spread(p)}.values()))

@@ -218,6 +218,15 @@ def test_a_cache_is_filled_by_several_processes(tmp_path: Path, monkeypatch: pyt
     assert jit_cache.fill_cache(sources) == 0
 
 
+def test_a_cache_is_filled_by_no_more_processes_than_cores_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOFOUR_CACHE_DIR", str(tmp_path))
+    filled: list[list[str]] = []
+    monkeypatch.setattr(jit_cache, "_fill_apart", lambda sources: filled.append([source.name for source in sources]))
+    monkeypatch.setattr(jit_cache.os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    jit_cache.fill_cache([jit_cache.Source(name, f"{name}\n") for name in ("one", "two", "three", "four")])
+    assert sorted(filled) == [["one", "three"], ["two", "four"]]
+
+
 def test_a_gain_is_measured_on_a_pruned_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "require_gpu", lambda device=0: (9, 0))
     monkeypatch.setattr(gpu, "Bench", lambda watch, device: FakeBench(lambda way: 1.0 if way.is_sparse else 2.0, "NVIDIA H200"))

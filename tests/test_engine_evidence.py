@@ -229,3 +229,15 @@ def test_a_soak_in_parts_passes_when_the_minutes_are_full_and_results_alike() ->
     assert (record["minutes"], record["calls"], len(record["parts"])) == (30.0, 15, 3)
     assert not soak.joined(record, part | {"results": {"1": "b"}}, 30.0)["passed"]
     assert not soak.joined(record, part | {"passed": False}, 30.0)["passed"]
+
+
+def test_agreement_keeps_rows_of_the_same_kernels_machine_and_images(rows: ModuleType, tmp_path: Path) -> None:
+    agreement = importlib.import_module("engine_agreement")
+    file, machine = tmp_path / "agreement.json", {"gpu": "GPU"}
+    assert agreement.kept(file, machine, 10) == []
+    measured = [{"net": "ResNet-20", "images": 10}, {"net": "ResNet-32", "images": 5}]
+    file.write_text(json.dumps({"machine": machine, "sources_digests": agreement.sources_digests(), "rows": measured}))
+    assert agreement.kept(file, machine, 10) == measured[:1]
+    assert agreement.kept(file, {"gpu": "another"}, 10) == []
+    file.write_text(json.dumps({"machine": machine, "sources_digests": {"gemm": "older"}, "rows": measured}))
+    assert agreement.kept(file, machine, 10) == []

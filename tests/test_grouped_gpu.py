@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from twofour.builder.tactics.ways import in_dtype
 from twofour.jit.cache import fill_cache
@@ -122,17 +123,20 @@ def sliced(depth: int, dtype: str) -> Problem:
     return problem(3, (9, 14), 128, depth, dtype=dtype, epilogue=Epilogue(bias=True), x_pitch=200, y_pitch=136)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Most kernels of this file, compiled by several processes."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Most kernels of this file, compiled by several processes; by one worker of several, for all."""
     every = [sized(*depth, stride, size) for depth in DEPTHS for stride in (1, 2) for size in SIZES]
     every += [padded(depth, strides, (1, 1, 1, 1)) for depth in (8, 32) for strides in ((1, 1), (2, 2))]
     every += [sliced(depth, dtype) for depth in (8, 16, 32, 64) for dtype in DTYPE]
     sources = [kernel_source("grouped", p, c, num_sms(0)) for p in every for c in grouped.every(p)]
     alone = [activated(depth, dtype, activation) for depth in (8, 16) for dtype in DTYPE for activation in ACTIVATIONS]
-    fill_cache(sources + [kernel_source("grouped", p, grouped.default(p), num_sms(0)) for p in alone])
+    sources += [kernel_source("grouped", p, grouped.default(p), num_sms(0)) for p in alone]
+    with FileLock(tmp_path_factory.getbasetemp().parent / "compiling.lock"):
+        fill_cache(sources)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("channels", "depth"), DEPTHS)
@@ -140,6 +144,7 @@ def test_every_config_of_every_size(channels: int, depth: int, stride: int, size
     check(sized(channels, depth, stride, size))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1), (2, 3, 4, 5)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2), (2, 1)])
 @pytest.mark.parametrize("depth", [8, 32])
@@ -147,6 +152,7 @@ def test_pads_and_strides(depth: int, strides: tuple[int, int], pads: tuple[int,
     check(padded(depth, strides, pads))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", list(DTYPE))
 @pytest.mark.parametrize("depth", [8, 16])
@@ -155,6 +161,7 @@ def test_activations_and_types(depth: int, dtype: str, activation: str) -> None:
     check(p, grouped.default(p))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", list(DTYPE))
 @pytest.mark.parametrize("depth", [8, 16, 32, 64])
 def test_slices_of_channels(depth: int, dtype: str) -> None:

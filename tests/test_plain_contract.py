@@ -326,7 +326,9 @@ def test_nearest_pixels_are_the_oracles() -> None:
 
 
 # What a kernel of a family runs: a function of its parameters alone; of products only the tuned one is launched so.
-ENTRY = re.compile(r"__forceinline__ void (\w+)\(const \w+Params& p(?:, const TensorMap\* residual = nullptr)?\) \{\n(.*?)\n\}\n", re.S)
+ENTRY = re.compile(
+    r"__forceinline__ void (\w+)\(const \w+Params& p(?:, const TensorMap\* residual = nullptr)?\) \{\n(.*?)\n\}\n", re.DOTALL
+)
 ENTRIES = {
     **{"gemm": {"gemm_tuned"}, "pointwise": {"pointwise", "pointwise_tiled"}, "pool": {"pool", "resize"}, "grouped": {"grouped"}},
     **{"reduce": {"reduce_rows", "reduce_columns"}, "patches": {"patches"}, "depthwise": {"walk", "band"}},

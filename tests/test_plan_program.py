@@ -20,6 +20,7 @@ from twofour.plan.program import Value
 from twofour.plan.record import KEY, cubin_name
 
 sys.path.insert(0, str(Path(__file__).parent / "attacks"))
+import plan_mutations
 from plan_mutations import CHOSEN, attack, damage, peak_of_loading, places, with_header
 from plan_samples import CHANNELS, plan, program
 
@@ -188,6 +189,18 @@ def test_thousands_of_damaged_plans_load_or_are_refused(tmp_path: Path) -> None:
     assert loaded + refused == 1500
     assert loaded > 10
     assert refused > 750
+
+
+def test_an_interruption_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(path: Path) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_mutations, "load", interrupted)
+    monkeypatch.setattr(plan_mutations.tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        attack(1, 0, tmp_path)
+    assert capsys.readouterr().err == ""
+    assert not list(tmp_path.glob("crash-*"))
 
 
 def test_a_damage_leaves_what_the_next_ones_choose_from() -> None:

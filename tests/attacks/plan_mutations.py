@@ -121,6 +121,8 @@ def attack(count: int, seed: int, folder: Path, data: bytes | None = None) -> tu
             path.write_bytes(with_header(data, damage(json.loads(text), found, rng)))
         try:
             loaded += load(path)
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             kept = Path(tempfile.gettempdir()) / f"crash-{seed}-{number}.plan"
             kept.write_bytes(path.read_bytes())

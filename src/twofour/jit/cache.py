@@ -125,13 +125,14 @@ def fill_cache(sources: Iterable[Source], jobs: int | None = None) -> int:
     one who asks for it by name.
 
     Args:
-        jobs: processes; None takes one a core.
+        jobs: processes; None takes one a core that this process may use.
     """
     cache = default_cache()
     missing = [source for source in dict.fromkeys(sources) if not cache.has(source)]
     if not cache.may_compile:
         return 0
-    processes = min(jobs or os.cpu_count() or 1, len(missing))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(jobs or cores, len(missing))
     if processes <= 1:
         _fill(missing)
     else:

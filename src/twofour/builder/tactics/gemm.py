@@ -236,8 +236,9 @@ def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwa
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = ""
-    key = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
-    key |= {"candidates": [str(t) for t in candidates], "overlap": False}
+    key: dict[str, Any] = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
+    key["overlap"] = False
+    key["candidates"] = [str(t) for t in candidates]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if folder is None:
         base = os.environ.get("TWOFOUR_CACHE_DIR") or os.path.join(

@@ -83,7 +83,8 @@ def try_plans(trials: Sequence[Trial], device: int = 0) -> list[Outcome]:
         TwofourError: the process cannot even start (its last line is quoted), for example because cuDNN is not installed.
     """
     outcomes = [Outcome() for _ in trials]
-    processes = min(-(-len(trials) // LEAST_TRIALS), MOST_PROCESSES, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(-(-len(trials) // LEAST_TRIALS), MOST_PROCESSES, cores)
     if not processes:
         return outcomes
     with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
