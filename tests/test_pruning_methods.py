@@ -13,7 +13,7 @@ from twofour.pattern import Pattern, count_groups
 from twofour.pruning import prune
 from twofour.pruning.methods import METHODS
 from twofour.pruning.methods.alps import solve_on
-from twofour.pruning.methods.hessian import damped, inverse_factor, output_errors, why_singular
+from twofour.pruning.methods.hessian import cholesky, damped, inverse_factor, output_errors, why_singular
 from twofour.pruning.methods.method import Choice, choose
 from twofour.pruning.statistics import Part, Statistics, flatten, gather, unflatten
 
@@ -291,6 +291,59 @@ def test_what_damping_hides_is_no_combination(dtype: torch.dtype, sums: torch.dt
         noise = torch.randn(512, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         x[:, 30] = x[:, 9] + 1e-3**0.5 * x[:, 9].std() * noise
         assert why_singular(summed(x.to(dtype), sums, 512)) == "", seed
+
+
+def without_last_pivot(size: int, seed: int = 0) -> Tensor:
+    """A symmetric matrix, float64 `[size, size]`: all its leading minors are positive but the last, which is not by far."""
+    random = torch.Generator().manual_seed(seed)
+    factor = torch.randn(size, size, generator=random, dtype=torch.float64).tril(-1) / size**0.5 + torch.eye(size, dtype=torch.float64)
+    matrix = factor @ factor.T
+    # The last pivot is 1.
+    matrix[-1, -1] -= 1.25
+    return matrix
+
+
+@pytest.mark.parametrize("left", [float("nan"), 0.0, -0.25], ids=["NaN", "zero", "the pivot"])
+def test_a_last_pivot_that_the_library_does_not_complain_of_is_seen(left: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: nothing but the last diagonal element tells that there is no factor."""
+    real = torch.linalg.cholesky_ex
+
+    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        factor, info = real(matrix)
+        if int(info) == len(matrix):
+            factor[-1, -1], info = left, torch.zeros_like(info)
+        return factor, info
+
+    for size in (1, 2, 64, 200):
+        matrix = without_last_pivot(size)
+        assert int(real(matrix).info) == size
+        sound = matrix + 1.25 * torch.eye(size, dtype=torch.float64)
+        before = cholesky(sound)
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+        assert cholesky(matrix) is None, size
+        after = cholesky(sound)
+        assert before is not None
+        assert after is not None
+        assert torch.equal(before, after)
+        if size > 1:
+            assert why_singular(Statistics(size, matrix.diagonal().clone(), matrix)) == COMBINED, size
+            # The factor begins at the other end.
+            factor, notes = inverse_factor(Statistics(size, torch.ones(size), matrix.flip(0, 1)))
+            assert bool(torch.isfinite(factor).all())
+            assert notes == (f"Hessian singular ({COMBINED}), damped by {damping(matrix)} % of its mean diagonal",), size
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", real)
+
+
+def test_a_failure_that_the_library_tells_is_one_whatever_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = (torch.eye(4), torch.tensor(3))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: told)
+    assert cholesky(torch.eye(4)) is None
+
+
+def damping(matrix: Tensor) -> str:
+    """The first of 1, 10 and 100 % of the mean diagonal that outweighs the smallest eigenvalue."""
+    least = -float(torch.linalg.eigvalsh(matrix)[0] / matrix.diagonal().mean())
+    return next(f"{100 * share:g}" for share in (0.01, 0.1, 1.0) if share > least)
 
 
 @pytest.mark.parametrize("name", HESSIAN)

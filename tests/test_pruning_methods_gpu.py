@@ -5,14 +5,26 @@ import copy
 import pytest
 import torch
 from test_pruning_blocks import MAKERS, made
-from test_pruning_methods import COMBINED, DEPENDENT, PRECISIONS, correlated, problem, rescaled, result, statistics_of, summed
+from test_pruning_methods import (
+    COMBINED,
+    DEPENDENT,
+    PRECISIONS,
+    correlated,
+    damping,
+    problem,
+    rescaled,
+    result,
+    statistics_of,
+    summed,
+    without_last_pivot,
+)
 
 from twofour.pattern import Pattern, count_groups
 from twofour.pruning import prune, prune_blocks
 from twofour.pruning.methods import METHODS
-from twofour.pruning.methods.hessian import output_errors, why_singular
+from twofour.pruning.methods.hessian import cholesky, inverse_factor, output_errors, why_singular
 from twofour.pruning.methods.method import choose
-from twofour.pruning.statistics import Part
+from twofour.pruning.statistics import Part, Statistics
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +53,24 @@ def test_the_gpu_says_the_same_of_singular_statistics(dtype: torch.dtype, sums: 
             combined = x.clone()
             combined[:, 30] = combine(x)
             assert why_singular(summed(combined, sums, rows)) == COMBINED, (seed, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1, 2, 3, 32, 33, 64, 65, 128, 200, 1024])
+def test_a_last_pivot_that_is_not_positive_is_seen_on_the_gpu(size: int, dtype: torch.dtype) -> None:
+    matrix = without_last_pivot(size).to("cuda", dtype)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # What this library says and leaves, for whoever reads a failure.
+    told = (int(info), float(factor[-1, -1]))
+    assert cholesky(matrix) is None, told
+    sound = cholesky(matrix + 1.25 * torch.eye(size, dtype=dtype, device="cuda"))
+    assert sound is not None
+    assert bool(torch.isfinite(sound).all())
+    if size > 1:
+        assert why_singular(Statistics(size, matrix.diagonal().double(), matrix)) == COMBINED, told
+        inverse, notes = inverse_factor(Statistics(size, torch.ones(size, device="cuda"), matrix.flip(0, 1)))
+        assert bool(torch.isfinite(inverse).all()), told
+        assert notes == (f"Hessian singular ({COMBINED}), damped by {damping(matrix.cpu())} % of its mean diagonal",), told
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps"])

@@ -22,6 +22,14 @@ def damped(statistics: Statistics, share: float = DAMPING) -> Tensor:
     return hessian
 
 
+def cholesky(matrix: Tensor) -> Tensor | None:
+    """Return the lower triangular L with LLᵀ = `matrix`, or None where it is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # NOTE: cuSOLVER has left `info` at 0 for matrices that are not positive definite (cupy/cupy#7309), as where only the last pivot is not
+    # positive; that pivot has no positive root.
+    return None if int(info) or not bool((factor.diagonal() > 0).all()) else factor
+
+
 def why_singular(statistics: Statistics) -> str:
     """Return why XᵀX has no inverse, or an empty string where nothing is known against it."""
     columns, dead = statistics.squares.numel(), int((statistics.squares == 0).sum())
@@ -43,8 +51,8 @@ def has_dependent_inputs(statistics: Statistics) -> bool:
     assert statistics.hessian is not None
     hessian = statistics.hessian
     # At most two matrices of the size of H live at once beside it.
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if int(info):
+    factor = cholesky(hessian)
+    if factor is None:
         return True
     scale = hessian.diagonal().sqrt()[:, None]
     vector = torch.randn(len(scale), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(scale)
@@ -66,8 +74,8 @@ def inverse_factor(statistics: Statistics) -> tuple[Tensor, tuple[str, ...]]:
     reason, share = why_singular(statistics), DAMPING
     while share <= MOST_DAMPING:
         # At most three matrices of the size of H live at once beside it.
-        factor, info = torch.linalg.cholesky_ex(damped(statistics, share).flip(0, 1))
-        if not int(info):
+        factor = cholesky(damped(statistics, share).flip(0, 1))
+        if factor is not None:
             factor = factor.flip(0, 1)
             identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             return torch.linalg.solve_triangular(factor, identity, upper=True), damping_note(reason, share)
