@@ -101,7 +101,10 @@ def main() -> None:
     arguments = parser.parse_args()
     test, train = read(arguments.folder / "cifar10", "te"), read(arguments.folder / "cifar10", "tr")[0]
     # The classes are interleaved, so any stretch of the training images holds all of them.
-    calibration = list(train[: CALIBRATION_BATCHES * CALIBRATION_ITEMS].split(CALIBRATION_ITEMS))
+    needed = CALIBRATION_BATCHES * CALIBRATION_ITEMS
+    if len(train) < needed:
+        raise SystemExit(f"{arguments.folder / 'cifar10'} holds {len(train):,} training images, expected {needed:,} or more; add tr_*.webp")
+    calibration = list(train[:needed].split(CALIBRATION_ITEMS))
     rows = []
     for depth, weights in ((20, "resnet20-12fca82f.th"), (56, "resnet56-4bfd9763.th")):
         for variant in ("dense", "2:4 one-shot", "2:4 one-shot, batch-norm re-estimated"):

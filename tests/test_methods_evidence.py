@@ -102,6 +102,18 @@ def test_the_recorded_rows_are_of_the_recipe_of_today(methods: ModuleType) -> No
     assert "method" not in told
 
 
+def test_one_shot_accuracy_is_not_measured_with_fewer_images_than_it_records(
+    evidence: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = evidence("accuracy_oneshot")
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(module, "read", lambda *arguments: (torch.zeros(2500, 3, 1, 1), torch.zeros(2500)))
+    monkeypatch.setattr(sys, "argv", ["accuracy_oneshot.py", str(tmp_path), str(out)])
+    with pytest.raises(SystemExit, match=r"cifar10 holds 2,500 training images, expected 10,000 or more; add tr_\*\.webp"):
+        module.main()
+    assert not out.exists()
+
+
 def test_two_networks_and_two_methods_are_retrained(methods: ModuleType) -> None:
     keys = [key for key in methods.wanted(list(methods.NETWORKS), True, True) if key.seed is not None]
     assert {(key.net, key.method) for key in keys} == {
