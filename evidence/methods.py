@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -26,12 +25,13 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import methods_retrained
 import psutil
 import torch
 from accuracy_oneshot import CifarResNet, accuracy_percent, load, read
+from methods_rows import NETWORKS, Key, is_current, sources_digest, wanted
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -42,31 +42,10 @@ from twofour.pruning import reestimate_batchnorm
 from twofour.pruning.methods import METHODS
 from twofour.sources.torchvision_compat import import_torchvision
 
-NETWORKS = {
-    "ResNet-20": "resnet20-12fca82f.th",
-    "ResNet-32": "resnet32-d509ac18.th",
-    "ResNet-44": "resnet44-014dd654.th",
-    "ResNet-56": "resnet56-4bfd9763.th",
-    "MiniLM-L6": "model.fp16.safetensors",
-}
 CALIBRATION_BATCHES, CALIBRATION_ITEMS = 8, 250
 SEARCH_SECONDS = 20.0
 SENTENCES = 1024
 log = logging.getLogger("methods")
-
-
-class Key(NamedTuple):
-    """Which row: `seed` is that of a retraining, None one-shot; `method` is "dense" for the network as it is."""
-
-    net: str
-    method: str
-    permuted: bool = False
-    seed: int | None = None
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> "Key":
-        """Return the key of a row."""
-        return cls(row["net"], row["method"] or "dense", row["permuted"], row["seed"])
 
 
 class Sampler:
@@ -173,31 +152,6 @@ def measure(folder: Path, key: Key, device: str) -> list[dict[str, Any]]:
         reestimate_batchnorm(model, batches)
         found.append({**head, "variant": "2:4 one-shot, batch-norm re-estimated", "value": metric(model)})
     return found
-
-
-def sources_digest() -> str:
-    """Return a digest of the code that chooses masks and values."""
-    root = Path(twofour.__file__).parent
-    chosen = ("statistics", "decide", "magnitude", "eligibility", "calibration")
-    files = sorted([*root.glob("pattern/*.py"), *root.glob("pruning/methods/*.py"), *(root / f"pruning/{name}.py" for name in chosen)])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def wanted(nets: list[str], permuted: bool, retrained: bool) -> list[Key]:
-    """Return the rows in the order of the file."""
-    keys = []
-    for net in nets:
-        keys += [Key(net, "dense"), *(Key(net, method, order) for order in (False, True)[: 1 + permuted] for method in METHODS)]
-        if retrained and net in methods_retrained.NETWORKS:
-            keys += [Key(net, m, seed=seed) for m in methods_retrained.METHODS for seed in range(methods_retrained.SEEDS)]
-    return keys
-
-
-def is_current(row: dict[str, Any], digest: str) -> bool:
-    """Whether a row was measured with the code and the recipe of today."""
-    return row.get("sources_digest") == digest and (
-        row["seed"] is None or row["recipe"] == methods_retrained.told(methods_retrained.RECIPE)
-    )
 
 
 def apart(measured: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:

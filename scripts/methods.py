@@ -1,9 +1,14 @@
-"""Writes the tables and the advice of docs/methods.md from the results of methods and of blocks-memory: `python scripts/methods.py`."""
+"""Writes the tables and the advice of docs/methods.md from the results of methods and of blocks-memory: `python scripts/methods.py`.
+
+Rows whose sources or recipe have changed since are left out, and the page names what is then not measured.
+"""
 
 import json
 import statistics
+import sys
 import textwrap
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,9 @@ from pages import filled
 from twofour.files import write_text
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "evidence"))
+import methods_rows  # noqa: E402
+
 PAGE = ROOT / "docs" / "methods.md"
 METHODS = ROOT / "results" / "cpu" / "methods.json"
 MEMORY = ROOT / "results" / "cpu" / "blocks-memory.json"
@@ -27,6 +35,30 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
+def current() -> dict[str, Any]:
+    """Return the results of the methods with the rows of today's code and recipe alone."""
+    recorded, digest = read(METHODS), methods_rows.sources_digest()
+    return recorded | {"rows": [row for row in recorded["rows"] if methods_rows.is_current(row, digest)]}
+
+
+def missing(recorded: dict[str, Any]) -> list[str]:
+    """Return what there is no row of: of each network, whole parts by their names, else the methods that a part lacks."""
+    have = {methods_rows.Key.of(row) for row in recorded["rows"]}
+    found: list[str] = []
+    for net in methods_rows.NETWORKS:
+        parts: dict[str, list[methods_rows.Key]] = {}
+        for key in methods_rows.wanted([net], True, True):
+            parts.setdefault("retrained" if key.seed is not None else "reordered" if key.permuted else "plain order", []).append(key)
+        lacks = {part: [key for key in keys if key not in have] for part, keys in parts.items()}
+        names = [
+            part if len(lacks[part]) == len(keys) else f"{part} of {listed(list(dict.fromkeys(key.method for key in lacks[part])))}"
+            for part, keys in parts.items()
+            if lacks[part]
+        ]
+        found += [f"{net} ({', '.join(names)})"] if names else []
+    return found
+
+
 def cell(rows: list[dict[str, Any]], permuted: bool, variant: str) -> str:
     """Return the metric of one row, or a dash."""
     found = [row["value"] for row in rows if row["permuted"] == permuted and row["variant"] == variant]
@@ -34,9 +66,12 @@ def cell(rows: list[dict[str, Any]], permuted: bool, variant: str) -> str:
 
 
 def network_table(net: str, recorded: dict[str, Any]) -> str:
-    """Return one network's table: a row a method."""
+    """Return one network's table: a row a method measured in plain order; empty where the dense network or every method is missing."""
     rows = [row for row in recorded["rows"] if row["net"] == net and row["seed"] is None]
-    dense = next(row for row in rows if row["variant"] == "dense")
+    dense = next((row for row in rows if row["variant"] == "dense"), None)
+    methods = dict.fromkeys(row["method"] for row in rows if row["method"] and not row["permuted"])
+    if dense is None or not methods:
+        return ""
     has_norm = any(row["variant"] == REESTIMATED for row in rows)
     reordered = any(row["permuted"] for row in rows)
     columns = ["as trained", "batch-norm re-estimated"] if has_norm else [""]
@@ -44,7 +79,7 @@ def network_table(net: str, recorded: dict[str, Any]) -> str:
     unit = "%" if dense["metric"] == "accuracy" else "× 100"
     lines = [f"**{net}**, {dense['data']}, {dense['metric']} {unit}; dense {dense['value']:.2f}:", ""]
     lines += [f"| method | {' | '.join(heads)} | CPU seconds | memory, MiB | output error |", "|---" * (len(heads) + 4) + "|"]
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"]):
+    for method in methods:
         own = [row for row in rows if row["method"] == method]
         plain = next(row for row in own if not row["permuted"])
         variants = ["2:4 one-shot", REESTIMATED] if has_norm else ["2:4 one-shot"]
@@ -100,13 +135,13 @@ def seconds_of(recorded: dict[str, Any]) -> str:
 
 def methods_tables() -> str:
     """Return the tables of every network recorded, and where they were measured."""
-    recorded = read(METHODS)
+    recorded = current()
     nets = dict.fromkeys(row["net"] for row in recorded["rows"])
-    where = f"CPU seconds, one thread: {seconds_of(recorded)}. {recorded['date']}; `{recorded['command']}`"
+    seconds = f" CPU seconds, one thread: {seconds_of(recorded)}." if recorded["rows"] else ""
     calibration = "; ".join(f"{name}: {text}" for name, text in recorded["calibration"].items() if isinstance(text, str))
-    return "\n\n".join(
-        [*(network_table(net, recorded) for net in nets), *retrained_table(recorded), f"Calibration: {calibration}. {where}."]
-    )
+    told = f"Calibration: {calibration}.{seconds} {recorded['date']}; `{recorded['command']}`."
+    left = [f"Not measured with the code of today: {'; '.join(missing(recorded))}."] if missing(recorded) else []
+    return "\n\n".join(filter(None, [*(network_table(net, recorded) for net in nets), *retrained_table(recorded), *left, told]))
 
 
 def memory_table() -> str:
@@ -168,6 +203,12 @@ def one_shot(recorded: dict[str, Any], permuted: bool = False) -> dict[str, dict
     return {net: {(row["method"], row["variant"]): row["value"] for row in rows if row["net"] == net} for net in nets}
 
 
+def complete(recorded: dict[str, Any], permuted: bool = False) -> dict[str, dict[tuple[str, str], float]]:
+    """Return of `one_shot` the networks of which every pruned row is there, and in plain order the dense one."""
+    needed = set(product((*KEEPING, "sparsegpt", "alps"), ("2:4 one-shot", REESTIMATED))) | (set() if permuted else {("", "dense")})
+    return {net: values for net, values in one_shot(recorded, permuted).items() if needed <= values.keys()}
+
+
 def retrained(recorded: dict[str, Any], net: str, method: str) -> list[float]:
     """Return the metric after the short retraining, one a seed."""
     return [row["value"] for row in recorded["rows"] if row["seed"] is not None and row["net"] == net and row["method"] == method]
@@ -185,23 +226,32 @@ def listed(parts: list[str]) -> str:
 
 def advice() -> str:
     """Return which method to use when. What it claims of the numbers, a test holds against every row."""
-    recorded = read(METHODS)
-    plain = one_shot(recorded)
-    trained = dict.fromkeys(row["net"] for row in recorded["rows"] if row["seed"] is not None)
-    means = {net: [statistics.mean(retrained(recorded, net, method)) for method in ("sparsegpt", "magnitude")] for net in trained}
+    recorded = current()
+    # A network tells nothing while rows of it are missing.
+    plain = complete(recorded)
+    trained = {
+        net: [retrained(recorded, net, method) for method in ("sparsegpt", "magnitude")]
+        for net in dict.fromkeys(row["net"] for row in recorded["rows"] if row["seed"] is not None)
+    }
+    means = {net: [statistics.mean(values) for values in both] for net, both in trained.items() if all(both)}
     above = [f"{after - other:.1f} points in {net}" for net, (after, other) in means.items()]
     kept = [f"{values['alps', '2:4 one-shot']:.2f} of {values['', 'dense']:.2f} in {net}" for net, values in plain.items()]
     points = {net: [gained(values, method) for method in KEEPING] for net, values in plain.items()}
     gains = [f"{min(some):.0f} to {max(some):.0f} points in {net}" for net, some in points.items()]
     losses = [f"{-gained(values, 'sparsegpt'):.1f} and {-gained(values, 'alps'):.1f} in {net}" for net, values in plain.items()]
+    ended = f", which in the last table ended above `magnitude` by {listed(above)}" if above else ""
+    kept_least = "which has the smallest output error and in plain order lost least above: without any training it keeps"
+    lost = f", {kept_least} {listed(kept)}" if kept else ""
+    gained_by = f": in plain order {listed(gains)}" if gains else ""
+    alike = ", and reordered alike" if plain.keys() <= complete(recorded, permuted=True).keys() else ""
+    lost_by = f", {listed(losses)}{alike}" if losses else ""
     paragraphs = [
         "**You will retrain in full** (the whole training again with the mask held): `magnitude`. It needs no data, and retraining makes "
-        "up for the mask. **You will retrain briefly**: `sparsegpt`, which in the last table ended above `magnitude` by "
-        f"{listed(above)}.",
-        "**You will not retrain**: `alps`, which has the smallest output error and in plain order lost least above: without any training "
-        f"it keeps {listed(kept)}. `sparsegpt` where an eigendecomposition of every layer's XᵀX and up to 300 iterations take too long.",
-        "**Batch-norm** gains from being re-estimated after `magnitude`, `wanda`, `ria` and `sparsegpt-mask`: in plain order "
-        f"{listed(gains)}. After `sparsegpt` and `alps` it takes points away, {listed(losses)}, and reordered alike: their weights already "
+        f"up for the mask. **You will retrain briefly**: `sparsegpt`{ended}.",
+        f"**You will not retrain**: `alps`{lost}. "
+        "`sparsegpt` where an eigendecomposition of every layer's XᵀX and up to 300 iterations take too long.",
+        f"**Batch-norm** gains from being re-estimated after `magnitude`, `wanda`, `ria` and `sparsegpt-mask`{gained_by}. "
+        f"After `sparsegpt` and `alps` it takes points away{lost_by}: their weights already "
         "give what the old statistics describe, and 2,000 images give poorer ones. `prune` does what helps by default; "
         "`reestimate=True` measures it on your network.",
         "**Memory or time is short, or weights must keep their values** (adapters, a merge with other checkpoints): `wanda` or `ria`. "

@@ -1,7 +1,9 @@
 """docs/methods.md: its tables are those of the results, it names every method, and so does the command's help."""
 
+import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,94 @@ def script() -> ModuleType:
 
 def test_the_tables_are_those_of_the_results(script: ModuleType) -> None:
     assert script.filled(PAGE, script.TABLES) == PAGE, "run: python scripts/methods.py"
+
+
+@pytest.fixture
+def recorded(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], bool]], None]:
+    """Takes which rows are current, by key, and gives the script all rows there should be, at 90 where current and else at 12.34."""
+    rows = script.methods_rows
+    recipe, digest = rows.methods_retrained.told(rows.methods_retrained.RECIPE), rows.sources_digest()
+
+    def made(key: Any, same: bool) -> list[dict[str, Any]]:
+        dense = key.method == "dense"
+        row = {"net": key.net, "method": "" if dense else key.method, "permuted": key.permuted, "seed": key.seed}
+        row |= {"value": 90.0 if same else 12.34, "sources_digest": digest if same else "of another code", "data": "", "metric": "accuracy"}
+        row |= {"cpu_seconds": 1.0, "peak_bytes": 0, "mean_output_error": None, "machine": {"cpu": "one", "cores": 2, "torch": "2.13"}}
+        row |= {} if key.seed is None else {"recipe": recipe, "steps": 1, "images": 1, "device": "CPU"}
+        texts = key.net == "MiniLM-L6"
+        variants = ["retrained"] if key.seed is not None else ["dense"] if dense else ["2:4 one-shot", script.REESTIMATED][: 2 - texts]
+        return [row | {"variant": variant} for variant in variants]
+
+    def record(is_current: Callable[[Any], bool]) -> None:
+        keys = rows.wanted(list(rows.NETWORKS), True, True)
+        result = script.read(ROOT / "results" / "cpu" / "methods.json")
+        path = tmp_path / "methods.json"
+        path.write_text(json.dumps(result | {"rows": [row for key in keys for row in made(key, is_current(key))]}))
+        monkeypatch.setattr(script, "METHODS", path)
+
+    return record
+
+
+def told(script: ModuleType) -> str:
+    """The advice without its line breaks."""
+    return str(script.advice()).replace("\n  ", " ")
+
+
+def test_rows_of_another_code_are_left_out_and_named(script: ModuleType, recorded: Callable[[Callable[[Any], bool]], None]) -> None:
+    recorded(lambda key: key.net != "ResNet-20" and (key.net, key.method, key.permuted) != ("ResNet-56", "wanda", False))
+    tables, advice = script.methods_tables(), told(script)
+    assert "12.3" not in tables + advice
+    assert re.findall(r"^\*\*(.*?)\*\*, ", tables, re.MULTILINE) == ["ResNet-32", "ResNet-44", "ResNet-56", "MiniLM-L6"]
+    assert "| method | ResNet-56 one-shot | ResNet-56 retrained |" in tables
+    (named,) = re.findall(r"^Not measured with the code of today: (.*)\.$", tables, re.MULTILINE)
+    assert {"ResNet-20 (plain order, reordered, retrained)", "ResNet-56 (plain order of wanda)"} <= set(named.split("; "))
+    assert len(re.findall(r"^\| `wanda` ", tables, re.MULTILINE)) == 3
+    # ResNet-56 is not told of while a row of it is missing, but for what was retrained.
+    assert "ResNet-20" not in advice
+    assert "points in ResNet-32 and" in advice
+    assert advice.count("ResNet-56") == 1
+
+
+def test_a_page_without_rows_says_so_and_names_no_number(script: ModuleType, recorded: Callable[[Callable[[Any], bool]], None]) -> None:
+    recorded(lambda key: False)
+    tables, advice = script.methods_tables(), told(script)
+    assert "|" not in tables
+    for net in script.methods_rows.NETWORKS:
+        assert f"{net} (plain order, reordered" in tables
+    assert not re.search(r"\d (points )?in |\d\.\d", advice)
+    assert [line[:28] for line in advice.splitlines() if line.startswith("- ")] == [
+        line[:28] for line in PAGE.splitlines() if line.startswith("- **")
+    ]
+
+
+def test_a_network_of_which_too_little_is_measured_has_no_table(
+    script: ModuleType, recorded: Callable[[Callable[[Any], bool]], None]
+) -> None:
+    recorded(lambda key: key.method == "dense" or (key.method, key.seed) == ("magnitude", 0))
+    assert "**ResNet-20**" not in script.methods_tables()
+    assert "| `magnitude` | – | 90.00 | – | 90.00 |" in script.methods_tables()
+    assert "ended above" not in told(script)
+
+
+def test_rows_of_another_recipe_are_left_out(script: ModuleType, recorded: Callable[[Callable[[Any], bool]], None]) -> None:
+    recorded(lambda key: True)
+    assert "After a short retraining" in script.methods_tables()
+    changed = script.read(script.METHODS)
+    for row in changed["rows"]:
+        if row["seed"] is not None:
+            row["recipe"] = {**row["recipe"], "lr": 1.0}
+    script.METHODS.write_text(json.dumps(changed))
+    assert "After a short retraining" not in script.methods_tables()
+    assert "ended above" not in told(script)
+
+
+def test_what_holds_in_both_orders_is_said_of_networks_measured_in_both(
+    script: ModuleType, recorded: Callable[[Callable[[Any], bool]], None]
+) -> None:
+    recorded(lambda key: True)
+    assert "reordered alike" in told(script)
+    recorded(lambda key: not key.permuted or key.net != "ResNet-44")
+    assert "reordered alike" not in told(script)
 
 
 def test_every_method_is_explained_and_in_the_help() -> None:
