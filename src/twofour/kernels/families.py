@@ -100,7 +100,7 @@ FAMILIES = {
 }
 # Family -> the others in whose terms a problem of it may be computed, each with what restates the problem, None where it cannot.
 RESTATEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "conv": {"gemm": conv.as_gemm, "grouped": grouped.of_conv, "depthwise": depthwise.as_depthwise}
+    "conv": {"gemm": conv.as_gemm, "grouped": grouped.as_grouped, "depthwise": depthwise.as_depthwise}
 }
 
 

@@ -93,7 +93,7 @@ class Launch:
     registers: int
 
 
-def of_conv(problem: Problem) -> Problem | None:
+def as_grouped(problem: Problem) -> Problem | None:
     """Return a convolution in this family's terms: itself where it has groups of several channels."""
     return problem if 1 < problem.groups < problem.inputs else None
 
