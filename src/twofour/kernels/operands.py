@@ -75,6 +75,16 @@ def check_align(**aligns: int) -> None:
             raise InputError(f"{name} is {value!r}, expected a power of two from 1 to 256 bytes")
 
 
+def check_config(problem: object, config: object, reason: str | None) -> None:
+    """Do nothing if `reason` is None, what a family's `why_not` says of a config that can compute the problem.
+
+    Raises:
+        InputError: there is a reason.
+    """
+    if reason is not None:
+        raise InputError(f"{config} cannot compute {problem}: {reason}")
+
+
 def vector_elems(count: int, align_bytes: int, *dtypes: str) -> int:
     """Return how many neighbouring elements one thread may move: the most of 8, 4, 2, 1 that divides `count` and keeps addresses aligned.
 

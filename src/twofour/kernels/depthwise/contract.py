@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from twofour.errors import InputError
 from twofour.kernels.conv.contract import Problem, footprints
+from twofour.kernels.operands import check_config
 
 __all__ = ["Config", "Launch", "Problem", "as_depthwise", "candidates", "default", "derive", "footprints", "pack_weight", "why_not"]
 
@@ -219,9 +220,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     p, c = problem, config
     grid, groups = _grid(p, c), _groups(p, c)
     channel_groups, strips, chunks, rows, _ = _parts(p, c)

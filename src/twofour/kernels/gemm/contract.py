@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil, sqrt
 
 from twofour.errors import InputError, nearest
+from twofour.kernels.operands import check_config
 from twofour.pattern.pack_sm90 import BLOCK_K, BLOCK_ROWS, block_bytes
 
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
@@ -267,9 +268,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     if config.kernel == "naive":
         row_tiles, token_tiles = ceil(problem.weight_rows / 32), ceil(problem.tokens / 32)
         return Launch(row_tiles * token_tiles, 256, 0, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from twofour.errors import InputError
 from twofour.kernels.conv import contract as conv
-from twofour.kernels.operands import DTYPE_BYTES, MAX_DIM, Footprint
+from twofour.kernels.operands import DTYPE_BYTES, MAX_DIM, Footprint, check_config
 
 Problem = conv.Problem
 SLAB = 64  # channels of a thread block
@@ -193,9 +193,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     sizes = _sizes(problem, config)
     blocks = _ceil(sizes.items, _waves(sizes, config, num_sms))
     return replace(sizes, grid=blocks * sizes.slabs, blocks=blocks)

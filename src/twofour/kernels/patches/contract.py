@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twofour.errors import InputError
-from twofour.kernels.operands import DTYPE_BYTES, FLOAT16, MAX_ELEMS, Footprint, check_align, check_dtype, check_sizes
+from twofour.kernels.operands import DTYPE_BYTES, FLOAT16, MAX_ELEMS, Footprint, check_align, check_config, check_dtype, check_sizes
 
 DTYPES = (*FLOAT16, "fp32")
 THREADS = 256
@@ -122,9 +122,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     groups = problem.y_elements // config.vector
     wide = max(problem.x_elements, problem.y_elements) > 2**31 - 1
     return Launch(max(1, min(-(-groups // THREADS), num_sms * 256)), THREADS, groups, wide)

@@ -11,7 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from twofour.errors import InputError, nearest
-from twofour.kernels.operands import DTYPE_BYTES, MAX_ELEMS, Footprint, check_align, check_dtype, check_sizes
+from twofour.kernels.operands import DTYPE_BYTES, MAX_ELEMS, Footprint, check_align, check_config, check_dtype, check_sizes
 
 DTYPES = tuple(DTYPE_BYTES)
 MAX_INPUTS = 6
@@ -270,9 +270,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     found = collapse(problem)
     spread = sum(1 << i for i, row in enumerate(found.strides[:-1]) if row[-1] == 0)
     wide = max(span(found.shape, row) for row in found.strides) > 2**31 - 1 or prod(found.shape) > 2**31 - 1

@@ -16,6 +16,7 @@ from twofour.kernels.operands import (
     FLOAT16,
     Footprint,
     check_align,
+    check_config,
     check_dtype,
     check_pitch,
     check_sizes,
@@ -254,9 +255,7 @@ def derive(problem: AnyProblem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     channel_groups, column_groups = problem.channels // config.vector, ceil_div(problem.out_width, config.columns)
     groups = problem.batch * problem.out_height * column_groups * channel_groups
     touched = footprints(problem)

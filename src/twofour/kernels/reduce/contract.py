@@ -18,6 +18,7 @@ from twofour.kernels.operands import (
     MAX_ELEMS,
     Footprint,
     check_align,
+    check_config,
     check_dtype,
     check_pitch,
     check_sizes,
@@ -167,9 +168,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     Raises:
         InputError: `why_not` has a reason.
     """
-    reason = why_not(problem, config)
-    if reason is not None:
-        raise InputError(f"{config} cannot compute {problem}: {reason}")
+    check_config(problem, config, why_not(problem, config))
     if config.kernel == "columns":
         blocks = -(-problem.inner // (config.vector * config.threads))
         smem = BLOCK_THREADS * config.vector * 4
