@@ -196,10 +196,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows measured at once, one thread each")
     parser.add_argument("--device", default="cpu", help="where the retrained rows are trained: cpu or cuda")
     parser.add_argument("--no-permuted", action="store_true", help="leave the rows with reordered channels out")
-    parser.add_argument("--no-retrained", action="store_true", help="leave the rows with retraining out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--no-retrained", action="store_true", help="leave the rows with retraining out")
+    which.add_argument("--only-retrained", action="store_true", help="leave the rows without retraining out")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keys = wanted(arguments.nets.split(","), not arguments.no_permuted, not arguments.no_retrained)
+    keys = [key for key in keys if key.seed is not None or not arguments.only_retrained]
     failed = measure_all(arguments.folder, arguments.out, keys, jobs=arguments.jobs, device=arguments.device)
     if failed:
         sys.exit(f"{len(failed)} rows failed: {', '.join(map(str, failed))}; the same command tries them again")

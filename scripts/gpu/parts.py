@@ -134,9 +134,9 @@ PARTS = [
     Part(
         "agreement",
         "python3 evidence/engine_agreement.py {data} results/{gpu}/engine-agreement.json --timing-cache kept/timings-agreement.json",
-        360, 560, 8, least=120, data=("cifar10", "resnet-cifar10"),
+        380, 560, 6, least=120, data=("cifar10", "resnet-cifar10"),
     ),
-    Part("soak-plan", "python3 scripts/gpu/soak_plan.py kept/soak.plan", 70, 240, 8, makes="kept/soak.plan", threads=4),
+    Part("soak-plan", "python3 scripts/gpu/soak_plan.py kept/soak.plan", 75, 240, 6, makes="kept/soak.plan", threads=4),
     *(
         Part(
             f"soak-{number}",
@@ -173,6 +173,11 @@ PARTS = [
         "python3 evidence/methods.py {data} results/cpu/methods.json --nets ResNet-20,ResNet-32,ResNet-44,ResNet-56"
         " --jobs {cores} --device cuda",
         540, 560, 12, least=200, data=("cifar10", "resnet-cifar10"), threads=1,
+    ),
+    Part(
+        "methods-retrained",
+        "python3 evidence/methods.py {data} results/cpu/methods.json --only-retrained --jobs {cores} --device cuda",
+        120, 300, 3, data=("cifar10", "resnet-cifar10"), threads=1,
     ),
     Part(
         "methods-minilm", "python3 evidence/methods.py {data} results/cpu/methods.json --nets MiniLM-L6 --jobs {cores} --device cuda",
