@@ -50,10 +50,11 @@ def codes(cases: list[list[Any]]) -> dict[str, str]:
     found = {}
     for dtype, sparse, tile in cases:
         problem = Problem(128, 128, 128, dtype=dtype, out_dtype=dtype, sparse=sparse)
-        rows, tokens, stages, *buffers = map(int, tile.split("x"))
-        # Sources older than the choice of buffers know one.
-        choice = {"buffers": buffers[0]} if buffers else {}
-        built = compile_source(source(problem, Config("tuned", rows, tokens, stages, **choice)))
+        rows, tokens, stages, *buffers = tile.split("x")
+        # Sources older than a choice know only what a config without it says.
+        choice: dict[str, Any] = {"buffers": int(buffers[0])} if buffers else {}
+        choice |= {"by_rows": True} if "+" in rows else {}
+        built = compile_source(source(problem, Config("tuned", sum(map(int, rows.split("+"))), int(tokens), int(stages), **choice)))
         found[json.dumps([dtype, sparse, tile])] = code_of(built)
     return found
 
