@@ -25,6 +25,7 @@ import engine_rows  # noqa: E402
 DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
 GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
 ENGINE = ROOT / "results" / "nvidia-h200" / "engine.json"
+AGREEMENT, SOAK = ENGINE.with_name("engine-agreement.json"), ENGINE.with_name("engine-soak.json")
 TOKENS = {"512 tokens": lambda n: n == 512, "2,048 tokens and more": lambda n: n >= 2048}
 
 
@@ -99,8 +100,45 @@ def engine_page_table() -> str:
     return engine_rows.full_table(engine_rows.read(ENGINE), sources_digests())
 
 
+def agreement_table() -> str:
+    """Return how often engines and torch in float32 predict the same, as Markdown; a sentence when these kernels were not compared."""
+    recorded = read(AGREEMENT) if AGREEMENT.is_file() else {"rows": [], "sources_digests": None}
+    if recorded["sources_digests"] != sources_digests():
+        return "No comparison of the present kernels is recorded."
+    found = {(row["net"], row["variant"], row["precision"]): row for row in recorded["rows"]}
+    kinds = list(dict.fromkeys((variant, precision) for _, variant, precision in found))
+    lines = [
+        "| network | torch fp32, % right: dense, 2:4 | " + " | ".join(f"{variant}, {precision}" for variant, precision in kinds) + " |"
+    ]
+    lines.append("|---" * (2 + len(kinds)) + "|")
+    for net in dict.fromkeys(net for net, _, _ in found):
+        rows = [found.get((net, *kind)) for kind in kinds]
+        cells = [f"{row['agreement_percent']:.2f} %" if row else "–" for row in rows]
+        right = ", ".join(dict.fromkeys(f"{row['torch_fp32_percent']:.2f}" for row in rows if row))
+        lines.append(f"| {net} | {right} | {' | '.join(cells)} |")
+    images = ", ".join(dict.fromkeys(f"{row['images']:,}" for row in recorded["rows"]))
+    where = f"{recorded['machine']['gpu']}, torch {recorded['machine']['torch']}; {recorded['date'][:10]}; `{recorded['command']}`"
+    return "\n".join([*lines, "", f"{images} images each; {where}."])
+
+
+def soak_line() -> str:
+    """Return what the soak found, or a sentence when these kernels did not run it."""
+    recorded = read(SOAK) if SOAK.is_file() else {"sources": None}
+    if recorded["sources"] != sources_digests():
+        return "No soak of the present kernels is recorded."
+    parts = recorded["parts"]
+    gpu, host = (max(part["growth"][name] for part in parts) for name in ("gpu_bytes", "host_bytes"))
+    wrong = sum(len(part["wrong"]) for part in parts)
+    batches, alike = recorded["batches"].replace(",", ", "), "none" if recorded["results_alike"] else "some"
+    return (
+        f"{recorded['minutes']:.1f} minutes in {len(parts)} processes, {recorded['calls']:,} calls by {recorded['threads']} threads with"
+        f" batches of {batches}: {wrong} results differ, between processes {alike}; largest growth of a process {gpu:,} bytes on the GPU,"
+        f" {host / 1e6:.1f} MB on the host. {recorded['machine']['gpu']}; {recorded['date'][:10]}; `{recorded['command']}`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
-PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table}
+PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table, "agreement": agreement_table, "soak": soak_line}
 
 
 def main() -> None:
