@@ -290,7 +290,7 @@ for number, trial in enumerate(request["trials"]):
     for plan in range(request["start"][1] if number == request["start"][0] else 0, 4):
         say(trial=number, begin=plan)
         say(waiting=True)
-        if plan == 2 and trial["most"] == 5: os._exit(9)
+        if plan == 2 and trial["most"] == 5: print("no such instruction", file=sys.stderr, flush=True); os._exit(9)
         if plan == 3 and trial["most"] == 6: os.abort()
         say(trial=number, plan=plan, us=10.0 - plan, error="refused" if plan == 1 else "")
 say(done=True)
@@ -306,7 +306,7 @@ def test_a_plan_that_ends_its_process_is_left_out_and_the_others_go_on(processes
     trials = [untrusted.Trial("conv", PROBLEM, most=most) for most in (5, 1, 6)]
     first, second, third = untrusted.try_plans(trials)
     assert first.times_us == {0: 10.0, 3: 7.0}
-    assert first.left_out == {1: "refused", 2: "it ended its process (exit code 9)"}
+    assert first.left_out == {1: "refused", 2: "it ended its process (exit code 9: no such instruction)"}
     assert first.best(1) == [3]
     assert (second.times_us, second.reason) == ({}, "no plan fits")
     assert third.times_us == {0: 10.0, 2: 8.0}
