@@ -63,14 +63,13 @@ def test_a_constant_that_made_the_measured_times_is_found_again() -> None:
     script = load_script("estimate_layers", "evidence")
     rows = json.loads((RESULTS / "nvidia-h200" / "conv.json").read_text())["rows"]
     layers = [row for row in rows if row["net"] == "ConvNeXt-B" and row["batch"] == 256]  # bound by arithmetic
-    (name, values, longer), (_, _, added) = script.FITS["depthwise"]
+    name, values = script.FITS["depthwise"]
     share, h200 = script.estimate.DEPTHWISE_SHARE, GPUS["H200"]
-    for predict in (longer, added):
-        with script.constant(name, 0.03):
-            made = [row | {"ours_dense_us": predict(script.conv_rows.problem_of(row), h200), "cudnn_us": 1e9} for row in layers]
-        best, error = script.fitted(made, h200, name, values[::2], predict)
-        assert best == pytest.approx(0.03, rel=0.03)
-        assert error < 0.03 < script.off(made, h200, predict)
+    with script.constant(name, 0.03):
+        made = [row | {"ours_dense_us": script.predicted_us(script.conv_rows.problem_of(row), h200), "cudnn_us": 1e9} for row in layers]
+    best, error = script.fitted(made, h200, name, values[::2])
+    assert best == pytest.approx(0.03, rel=0.03)
+    assert error < 0.03 < script.off(made, h200)
     assert share == script.estimate.DEPTHWISE_SHARE
     found = list(script.report(RESULTS / "nvidia-h200" / "conv.json", (64,)))
     assert len(found) == 8, "seven grouped layers and their constant"
