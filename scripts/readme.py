@@ -126,7 +126,7 @@ def soak_line() -> str:
     recorded = read(SOAK) if SOAK.is_file() else {"sources": None}
     if recorded["sources"] != sources_digests():
         return "No soak of the present kernels is recorded."
-    parts = recorded["parts"]
+    parts = recorded["rows"]
     gpu, host = (max(part["growth"][name] for part in parts) for name in ("gpu_bytes", "host_bytes"))
     wrong = sum(len(part["wrong"]) for part in parts)
     batches, alike = recorded["batches"].replace(",", ", "), "none" if recorded["results_alike"] else "some"

@@ -226,7 +226,7 @@ def test_a_soak_in_parts_passes_when_the_minutes_are_full_and_results_alike() ->
         assert not record.get("passed", False)
         record = soak.joined(record, part, 30.0)
     assert record["passed"]
-    assert (record["minutes"], record["calls"], len(record["parts"])) == (30.0, 15, 3)
+    assert (record["minutes"], record["calls"], len(record["rows"])) == (30.0, 15, 3)
     assert not soak.joined(record, part | {"results": {"1": "b"}}, 30.0)["passed"]
     assert not soak.joined(record, part | {"passed": False}, 30.0)["passed"]
 
