@@ -1,4 +1,4 @@
-"""Writes the tables in README.md and docs/engine.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
+"""Writes the tables in README.md, docs/engine.md and docs/training.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
 
 With a report it first records its accuracy in results/cpu/accuracy-demo.json. Rows whose sources have changed since are left out.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "evidence"))
 import engine_rows  # noqa: E402
 
 DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
+ONESHOT = DEMO.with_name("accuracy-oneshot.json")
 GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
 ENGINE = ROOT / "results" / "nvidia-h200" / "engine.json"
 AGREEMENT, SOAK = ENGINE.with_name("engine-agreement.json"), ENGINE.with_name("engine-soak.json")
@@ -137,15 +138,27 @@ def soak_line() -> str:
     )
 
 
+def oneshot_table() -> str:
+    """Return what pruning by magnitude alone costs, batch-norm as it was and re-estimated, as Markdown."""
+    values = {(row["net"], row["variant"]): row["value"] for row in read(ONESHOT)["rows"]}
+    variants = ("dense", "2:4 one-shot", "2:4 one-shot, batch-norm re-estimated")
+    lines = ["| network | dense | 2:4 one-shot | with `calibration` |", "|---|---|---|---|"]
+    for net in dict.fromkeys(net for net, _ in values):
+        lines.append(f"| {net} | {' | '.join(f'{values[net, variant]:.2f} %' for variant in variants)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
 PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table, "agreement": agreement_table, "soak": soak_line}
+TRAINING_TABLES: dict[str, Callable[[], str]] = {"one-shot": oneshot_table}
 
 
 def main() -> None:
     """Record a report if one is given, then write the tables."""
     if len(sys.argv) > 1:
         record(Report.load(sys.argv[1]))
-    for path, tables in ((ROOT / "README.md", TABLES), (ROOT / "docs" / "engine.md", PAGE_TABLES)):
+    docs = ROOT / "docs"
+    for path, tables in ((ROOT / "README.md", TABLES), (docs / "engine.md", PAGE_TABLES), (docs / "training.md", TRAINING_TABLES)):
         write_text(path, filled(path.read_text(encoding="utf-8"), tables))
 
 
