@@ -400,6 +400,17 @@ def test_cusparselt_searches_the_bare_product(monkeypatch: pytest.MonkeyPatch) -
     assert [answer["plan"] for answer in said if "plan" in answer] == [-1, 42]
 
 
+def test_what_ends_the_context_names_its_algorithm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(untrusted, "_context_lives", lambda: False)
+    monkeypatch.setattr(untrusted.os, "_exit", left.append)
+    with untrusted._told(0, untrusted.SEARCH) as answer:
+        answer["plan"] = 16392
+        raise UnsupportedError("no such instruction")
+    assert left == [untrusted.BROKEN]
+    assert caplog.messages == ["algorithm 16392: no such instruction"]
+
+
 def test_requests_survive_the_pipe() -> None:
     from twofour.kernels.families import read_problem
     from twofour.kernels.records import to_plain

@@ -287,7 +287,7 @@ def _told(number: int, plan: int) -> Iterator[dict[str, Any]]:
         yield answer
     except TwofourError as error:
         if not _context_lives():
-            logger.error("%s", error)
+            logger.error("algorithm %d: %s", answer["plan"], error)
             os._exit(BROKEN)  # nothing else can be tried in this process, and leaving it the usual way may crash
         answer |= {"plan": plan, "error": str(error)}
     _say(answer)
