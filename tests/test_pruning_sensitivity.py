@@ -327,6 +327,18 @@ def test_the_command_refuses_contradictions(run: Any, more: tuple[str, ...], sen
     assert not Path("p.safetensors").exists()
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_pruned(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(*_: object) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("twofour.cli.prune_model.run", begun)
+    for more in ((), ("--sensitivity",), ("--keep-dense", "auto", "--budget", "1")):
+        name = "absent/p.json" if "--sensitivity" in more else "absent/p.safetensors"
+        code, _, err = run(*more, "--out", name)
+        assert code == 2
+        assert f"file '{name}' cannot be written: its folder does not exist; make it first" in err
+
+
 def test_files_cannot_be_measured(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from twofour.cli import main
 
