@@ -269,7 +269,7 @@ def test_the_command_says_what_dense_layers_cost_in_time(run: Any, monkeypatch: 
     from twofour.errors import UnsupportedError
     from twofour.report.budget import BudgetTime
 
-    asked = ("--keep-dense", "auto", "--budget", "0.5", "--no-permute", "--out", "p.safetensors")
+    asked = ("--keep-dense", "auto", "--budget", "0.5", "--pattern", "1:4", "--no-permute", "--out", "p.safetensors")
     values = iter([90.0, *(89.0 - 0.1 * i for i in range(8)), 80.0, *[89.9] * 9])
     monkeypatch.setattr("twofour.cli.prune_model.evaluate", lambda *_: next(values))
 
@@ -280,6 +280,8 @@ def test_the_command_says_what_dense_layers_cost_in_time(run: Any, monkeypatch: 
     code, out, err = run(*asked)
     assert code == 0, err
     assert "time: not measured, as no plan can be built here: build: none can be used here" in " ".join(out.split())
+    assert "accuracy: dense 90.00, 1:4 89.90\n" in out
+    assert "% of FLOPs are 1:4; metric 90.00 → 89.90)" in " ".join(out.split())
     values = iter([80.0, *[89.9] * 9])
     monkeypatch.setattr("twofour.cli.prune_model.time_of_budget", lambda *_, **__: BudgetTime("H100", 32, "fp16", 1200.0, 1000.0))
     code, out, _ = run(*asked)

@@ -224,7 +224,7 @@ class Budgeted:
         now, before = 100 * self.pruning.share_of_flops, 100 * self.flops_share_all
         return (
             f"Budgeted({len(self.kept_dense)} of {len(self.kept_dense) + len(self.pruning.pruned)} layers stay dense: {now:.1f} instead of "
-            f"{before:.1f} % of FLOPs are 2:4; metric {self.dense:.2f} → {self.value:.2f})"
+            f"{before:.1f} % of FLOPs are {self.pruning.pattern}; metric {self.dense:.2f} → {self.value:.2f})"
         )
 
 
