@@ -278,6 +278,8 @@ def write(
 ) -> None:
     """Write new values, set the dropped ones to +0 and re-estimate; put the weights back if that fails.
 
+    Without batch-norm to re-estimate no copy is kept, so an interruption in the midst of the writing leaves it half done.
+
     Args:
         calibration: batches to re-estimate batch-norm on, None for none.
         notes: gets what was re-estimated, or why not.
@@ -289,14 +291,14 @@ def write(
         calibration = None
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in choices} if calibration is not None else {}
-    with torch.no_grad():
-        for name, choice in choices.items():
-            if choice.weight is not None:
-                parameters[name].copy_(choice.weight)
-            fill_zero(parameters[name], ~choice.mask)
-    if calibration is None:
-        return
     try:
+        with torch.no_grad():
+            for name, choice in choices.items():
+                if choice.weight is not None:
+                    parameters[name].copy_(choice.weight)
+                fill_zero(parameters[name], ~choice.mask)
+        if calibration is None:
+            return
         _, note = measured_anew(model, calibration, num_inputs)
     except BaseException:
         with torch.no_grad():
