@@ -193,6 +193,19 @@ def test_a_metric_that_is_not_finite_is_refused() -> None:
     assert digest(model) == before
 
 
+def test_a_metric_may_be_a_tensor_and_must_be_a_number(tmp_path: Path) -> None:
+    model = network()
+    before = digest(model)
+    measured = sensitivity(model, EXAMPLE, lambda m: torch.tensor(error(m)), resume=tmp_path / "s.json", **LOWER)  # type: ignore[arg-type, return-value]
+    assert measured == sensitivity(model, EXAMPLE, lambda m: float(torch.tensor(error(m))), **LOWER)
+    done = prune_within(network(), EXAMPLE, lambda m: torch.tensor(0.0), measured, 1.0, permute=False)  # type: ignore[arg-type, return-value]
+    assert type(done.value) is float
+    for value, kind in ((None, "NoneType"), (torch.ones(2), "Tensor")):
+        with pytest.raises(InputError, match=f"sensitivity: accuracy of the dense network is of {kind}, expected a number; have the"):
+            sensitivity(model, EXAMPLE, lambda m, value=value: value)  # type: ignore[misc]
+    assert digest(model) == before
+
+
 def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     measured = sensitivity(network(), EXAMPLE, error, **LOWER)
     plot_sensitivity(measured, tmp_path / "a.svg")
