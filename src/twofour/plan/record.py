@@ -170,8 +170,8 @@ class Plan:
 
 
 def _one_line(text: str, most: int = 600) -> str:
-    """A message of bounded length on one line, whatever a file put into it."""
-    line = " ".join(text.split())
+    """A message of bounded length on one line that a terminal shows as it is, whatever a file put into it."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= most else f"{line[:most]} ..."
 
 
