@@ -141,6 +141,8 @@ def test_the_output_comes_in_the_kind_of_the_input(plan: Plan) -> None:
         ((np.zeros((2, 1, 8, 8)),), r"input 'x' is float64\[2, 1, 8, 8\], expected x float32\[batch, 1, 8, 8\]"),
         ((np.zeros((2, 1, 9, 8), np.float32),), r"input 'x' is float32\[2, 1, 9, 8\], expected"),
         ((np.zeros((0, 1, 8, 8), np.float32),), "the batch is empty, expected at least one item"),
+        ((torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16),), r"input 'x' is bfloat16\[2, 1, 8, 8\] in torch.strided, expected x float32"),
+        ((torch.zeros(2, 1, 8, 8).to_sparse(),), r"input 'x' is float32\[2, 1, 8, 8\] in torch.sparse_coo, expected .* in torch.strided"),
         (([1, 2],), "input 'x' is a list, expected a NumPy array, a torch tensor or a DLPack object"),
     ],
 )
