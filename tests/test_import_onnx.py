@@ -52,12 +52,14 @@ def test_every_floating_type_becomes_fp32() -> None:
 
 
 def test_a_fixed_batch_and_dynamic_axes_are_refused() -> None:
-    with pytest.raises(InputError, match="was exported for batches of 4, batch 3 was asked for; export it with a dynamic batch"):
+    with pytest.raises(InputError, match="exported for batches of 4, batch 3 was asked for; ask for 4, or export it with a dynamic batch"):
         imported(text_model("float[4,3] x", "y = Relu(x)"), batch=3)
     with pytest.raises(
         UnsupportedError, match=r"input 'x' of 'test' has the dynamic axis 1 \(M\); only the batch \(axis 0\) may be dynamic"
     ):
         imported(text_model("float[N,M] x", "y = Relu(x)"))
+    with pytest.raises(InputError, match=r"input 'x' of 'test' is empty, its shape is \[2, 0\]; export the model with real sizes"):
+        imported(text_model("float[N,0] x", "y = Relu(x)"))
     with pytest.raises(InputError, match="batch is 0, expected 1 to 2147483647"):
         imported(text_model("float[N,3] x", "y = Relu(x)"), batch=0)
 

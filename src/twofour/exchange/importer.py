@@ -41,8 +41,8 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
     Raises:
-        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic, or
-            an input holds what is no number.
+        InputError: the batch is fixed to another size, an input has no type or shape, or an axis of size 0. UnsupportedError: another axis
+            is symbolic, or an input holds what is no number.
     """
     symbols = set()
     for value in model.graph.inputs:
@@ -63,12 +63,15 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
                     f"import: input {value.name!r} of {where!r} has the dynamic axis {axis} ({size}); "
                     "only the batch (axis 0) may be dynamic"
                 )
+        if 0 in sizes:
+            raise InputError(f"import: input {value.name!r} of {where!r} is empty, its shape is {sizes}; export the model with real sizes")
         value.shape = ir.Shape(sizes)
     fixed = [value.shape[0] for value in model.graph.inputs if value.shape]
     if not symbols and fixed and batch not in fixed:
         size = fixed[0]
         raise InputError(
-            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
+            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; "
+            f"ask for {size}, or export it with a dynamic batch"
         )
 
 
