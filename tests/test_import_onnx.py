@@ -223,6 +223,10 @@ def test_what_not_even_fallback_runs_is_refused() -> None:
     proto.graph.node[0].domain = "my"
     with pytest.raises(UnsupportedError, match=r"1 nodes that fallback cannot run either: my.Relu \(Relu_0\)"):
         imported(proto, fallback=True)
+    branches = "<then_branch = t () => (float[2,4] p) { p = Neg(a) }, else_branch = e () => (float[2,4] q) { q = Abs(a) }>"
+    proto = text_model("float[2,4] x, bool c", f"a = Relu(x) y = If (c) {branches}", "float[2,4] y")
+    with pytest.raises(UnsupportedError, match=r"cannot run either: If \(If_1\), which holds a graph of its own"):
+        imported(proto, fallback=True)
 
 
 def test_evaluation_refuses_what_does_not_fit() -> None:

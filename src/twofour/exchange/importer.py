@@ -179,12 +179,17 @@ def refuse_hopeless(model: ir.Model, where: str) -> None:
     """Do nothing if what the engine lacks can be run by ONNX Runtime.
 
     Raises:
-        UnsupportedError: nodes are of a domain of their own, or the size of what they give is not known before they run.
+        UnsupportedError: nodes are of a domain of their own or hold graphs (If, Loop), or the size of what they give is not known before
+            they run.
     """
     hopeless = []
     for index, node in enumerate(model.graph):
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        if node.domain not in ("", "ai.onnx", "twofour"):
+        # What a graph inside reads from around it would be lost: a fallback is a model of its one node.
+        inner = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if inner and why_unsupported(node):
+            hopeless.append(f"{named(node, index)}, which holds a graph of its own")
+        elif node.domain not in ("", "ai.onnx", "twofour"):
             hopeless.append(f"{node.domain}.{named(node, index)}")
         elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
             hopeless.append(f"{named(node, index)}, whose output's size is not known before it runs")
