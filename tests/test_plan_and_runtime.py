@@ -84,6 +84,14 @@ def test_files_that_are_no_plan(tmp_path: Path, plan_file: Path) -> None:
     save_file({"w": np.ones(2, np.float32)}, tmp_path / "weights.plan")
     with pytest.raises(PlanFormatError, match="is a safetensors file but no plan; make one with twofour build"):
         Plan.load(tmp_path / "weights.plan")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" * 8)
+    with pytest.raises(PlanFormatError, match=r"is damaged, or was never one: .*; make one with twofour build"):
+        Plan.load(tmp_path / "model.onnx")
+    header = json.dumps({"w": {"dtype": "\x1b[2J", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "escape.plan").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(PlanFormatError, match=r"is damaged, .*\?\[2J") as caught:
+        Plan.load(tmp_path / "escape.plan")
+    assert str(caught.value).isprintable(), "a terminal would obey it"
     (tmp_path / "cut.plan").write_bytes(plan_file.read_bytes()[:100])
     with pytest.raises(PlanFormatError, match="is damaged"):
         Plan.load(tmp_path / "cut.plan")
