@@ -24,7 +24,7 @@ from twofour.builder.estimate import (
 from twofour.builder.gpus import GPUS, gpu_named
 from twofour.builder.lower import LayerCall
 from twofour.cli.group import twofour as command_line
-from twofour.errors import InputError
+from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -165,6 +165,13 @@ def test_what_a_fallback_leaves_out_of_the_sum_is_said(tmp_path: Path) -> None:
     onnx.save(text_model("float[N,64] x", "a = Softsign(x) y = MatMul(a, w)", w=np.ones((64, 64), np.float32)), path)
     table = CliRunner().invoke(command_line, ["estimate", str(path), "--fallback"], env={"COLUMNS": "200"})
     assert "Not in these times: Softsign_0, which ONNX Runtime would compute on the CPU." in table.output
+
+
+def test_a_network_without_a_layer_of_ours_is_not_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(text_model("float[N,64] x", "y = Softsign(x)"), path)
+    with pytest.raises(UnsupportedError, match=r"has none of the operators of .*, expected one; run it with ONNX Runtime"):
+        estimate(path, fallback=True)
 
 
 @pytest.mark.parametrize("batch", ["0", "2147483648", "99999999999999999999"])

@@ -52,12 +52,14 @@ def test_every_floating_type_becomes_fp32() -> None:
 
 
 def test_a_fixed_batch_and_dynamic_axes_are_refused() -> None:
-    with pytest.raises(InputError, match="was exported for batches of 4, batch 3 was asked for; export it with a dynamic batch"):
+    with pytest.raises(InputError, match="exported for batches of 4, batch 3 was asked for; ask for 4, or export it with a dynamic batch"):
         imported(text_model("float[4,3] x", "y = Relu(x)"), batch=3)
     with pytest.raises(
         UnsupportedError, match=r"input 'x' of 'test' has the dynamic axis 1 \(M\); only the batch \(axis 0\) may be dynamic"
     ):
         imported(text_model("float[N,M] x", "y = Relu(x)"))
+    with pytest.raises(InputError, match=r"input 'x' of 'test' is empty, its shape is \[2, 0\]; export the model with real sizes"):
+        imported(text_model("float[N,0] x", "y = Relu(x)"))
     with pytest.raises(InputError, match="batch is 0, expected 1 to 2147483647"):
         imported(text_model("float[N,3] x", "y = Relu(x)"), batch=0)
 
@@ -220,6 +222,10 @@ def test_what_not_even_fallback_runs_is_refused() -> None:
     proto = text_model("float[2,4] x", "y = Relu(x)")
     proto.graph.node[0].domain = "my"
     with pytest.raises(UnsupportedError, match=r"1 nodes that fallback cannot run either: my.Relu \(Relu_0\)"):
+        imported(proto, fallback=True)
+    branches = "<then_branch = t () => (float[2,4] p) { p = Neg(a) }, else_branch = e () => (float[2,4] q) { q = Abs(a) }>"
+    proto = text_model("float[2,4] x, bool c", f"a = Relu(x) y = If (c) {branches}", "float[2,4] y")
+    with pytest.raises(UnsupportedError, match=r"cannot run either: If \(If_1\), which holds a graph of its own"):
         imported(proto, fallback=True)
 
 

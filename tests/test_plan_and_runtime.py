@@ -84,6 +84,14 @@ def test_files_that_are_no_plan(tmp_path: Path, plan_file: Path) -> None:
     save_file({"w": np.ones(2, np.float32)}, tmp_path / "weights.plan")
     with pytest.raises(PlanFormatError, match="is a safetensors file but no plan; make one with twofour build"):
         Plan.load(tmp_path / "weights.plan")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" * 8)
+    with pytest.raises(PlanFormatError, match=r"is damaged, or was never one: .*; make one with twofour build"):
+        Plan.load(tmp_path / "model.onnx")
+    header = json.dumps({"w": {"dtype": "\x1b[2J", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "escape.plan").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(PlanFormatError, match=r"is damaged, .*\?\[2J") as caught:
+        Plan.load(tmp_path / "escape.plan")
+    assert str(caught.value).isprintable(), "a terminal would obey it"
     (tmp_path / "cut.plan").write_bytes(plan_file.read_bytes()[:100])
     with pytest.raises(PlanFormatError, match="is damaged"):
         Plan.load(tmp_path / "cut.plan")
@@ -141,6 +149,8 @@ def test_the_output_comes_in_the_kind_of_the_input(plan: Plan) -> None:
         ((np.zeros((2, 1, 8, 8)),), r"input 'x' is float64\[2, 1, 8, 8\], expected x float32\[batch, 1, 8, 8\]"),
         ((np.zeros((2, 1, 9, 8), np.float32),), r"input 'x' is float32\[2, 1, 9, 8\], expected"),
         ((np.zeros((0, 1, 8, 8), np.float32),), "the batch is empty, expected at least one item"),
+        ((torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16),), r"input 'x' is bfloat16\[2, 1, 8, 8\] in torch.strided, expected x float32"),
+        ((torch.zeros(2, 1, 8, 8).to_sparse(),), r"input 'x' is float32\[2, 1, 8, 8\] in torch.sparse_coo, expected .* in torch.strided"),
         (([1, 2],), "input 'x' is a list, expected a NumPy array, a torch tensor or a DLPack object"),
     ],
 )

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,25 @@ def test_a_step_that_needs_more_scratch_than_the_plan_has_is_refused() -> None:
 
     with pytest.raises(PlanFormatError, match="step 'turn' needs 4096 bytes of workspace here, batch 4 has 0; build the plan again"):
         CudaBackend(plan(), gpu=gpu, make=make).call([images(4)])
+
+
+@pytest.mark.parametrize("installed", ["800", "810"])
+def test_a_weight_that_another_cusparselt_compressed_is_refused(installed: str) -> None:
+    gpu, source = FakeGpu(), plan((4,))
+    steps = tuple(dataclasses.replace(step, library="cusparselt") for step in source.programs[0].steps)
+    source = dataclasses.replace(source, programs=(dataclasses.replace(source.programs[0], steps=steps),), needs={"cusparselt": "800"})
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        made = gpu.make(*arguments, **options)
+        made.call = SimpleNamespace(version=installed)
+        return made
+
+    x, engine = images(4), CudaBackend(source, gpu=gpu, make=make)
+    if installed == "800":
+        assert np.array_equal(engine.call([x]), expected(x).astype(np.float32))
+        return
+    with pytest.raises(PlanFormatError, match="step 'turn' was compressed by cuSPARSELt 800, installed is 810; build the plan again"):
+        engine.call([x])
 
 
 def test_freed_memory_is_freed_once() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from twofour.builder.gpus import GPUS, Gpu, gpu_named
 from twofour.builder.lower import Front, LayerCall
-from twofour.errors import InputError
+from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 # Shares of the peak rates reached on large problems, and of the bandwidth on memory-bound ones; H200 at 700 W, results/nvidia-h200.
@@ -230,14 +230,26 @@ def estimate(
         gpus: names of `builder.gpus.GPUS`; all by default. fallback: leave operators that the engine lacks out of the sum.
 
     Raises:
-        InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks.
+        InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks;
+            with `fallback`, no other.
     """
     chosen = [gpu_named(name) for name in gpus] or list(GPUS.values())
     if not batch:
         raise InputError("estimate: no batch size is given, expected at least one")
     front = Front(path, fallback=fallback)
     lowered = [(size, front.lower(size, precision).calls) for size in batch]
+    refuse_nothing_ours(lowered[0][1], str(path))
     return [estimate_calls(calls, gpu, size, precision) for gpu in chosen for size, calls in lowered]
+
+
+def refuse_nothing_ours(calls: Sequence[LayerCall], where: str) -> None:
+    """Do nothing if the engine itself computes at least one layer.
+
+    Raises:
+        UnsupportedError: ONNX Runtime computes all of them, so that nothing could gain.
+    """
+    if all(call.family == "fallback" for call in calls):
+        raise UnsupportedError(f"estimate: the engine has none of the operators of {where!r}, expected one; run it with ONNX Runtime")
 
 
 def measured_error(rows: Sequence[dict[str, Any]], gpu: Gpu, *, sparse: bool) -> Error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from twofour.builder.assemble import Assembler, forced
+from twofour.builder.estimate import refuse_nothing_ours
 from twofour.builder.gpus import GPUS, Gpu
 from twofour.builder.graph import Array
 from twofour.builder.lower import Front, Lowered
@@ -156,6 +157,7 @@ def measure_gain(
     from twofour.timing.gpu import Stopwatch
 
     ready = prepare(path, batches, precision, fallback)
+    refuse_nothing_ours(ready.lowered[0].calls, str(path))
     require_gpu(device)
     bench = Bench(Stopwatch(device), device)
     gpu = _gpu_of(bench.watch.meter.machine()["gpu"])

@@ -41,8 +41,8 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
     Raises:
-        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic, or
-            an input holds what is no number.
+        InputError: the batch is fixed to another size, an input has no type or shape, or an axis of size 0. UnsupportedError: another axis
+            is symbolic, or an input holds what is no number.
     """
     symbols = set()
     for value in model.graph.inputs:
@@ -63,12 +63,15 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
                     f"import: input {value.name!r} of {where!r} has the dynamic axis {axis} ({size}); "
                     "only the batch (axis 0) may be dynamic"
                 )
+        if 0 in sizes:
+            raise InputError(f"import: input {value.name!r} of {where!r} is empty, its shape is {sizes}; export the model with real sizes")
         value.shape = ir.Shape(sizes)
     fixed = [value.shape[0] for value in model.graph.inputs if value.shape]
     if not symbols and fixed and batch not in fixed:
         size = fixed[0]
         raise InputError(
-            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
+            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; "
+            f"ask for {size}, or export it with a dynamic batch"
         )
 
 
@@ -176,12 +179,17 @@ def refuse_hopeless(model: ir.Model, where: str) -> None:
     """Do nothing if what the engine lacks can be run by ONNX Runtime.
 
     Raises:
-        UnsupportedError: nodes are of a domain of their own, or the size of what they give is not known before they run.
+        UnsupportedError: nodes are of a domain of their own or hold graphs (If, Loop), or the size of what they give is not known before
+            they run.
     """
     hopeless = []
     for index, node in enumerate(model.graph):
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        if node.domain not in ("", "ai.onnx", "twofour"):
+        # What a graph inside reads from around it would be lost: a fallback is a model of its one node.
+        inner = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if inner and why_unsupported(node):
+            hopeless.append(f"{named(node, index)}, which holds a graph of its own")
+        elif node.domain not in ("", "ai.onnx", "twofour"):
             hopeless.append(f"{node.domain}.{named(node, index)}")
         elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
             hopeless.append(f"{named(node, index)}, whose output's size is not known before it runs")

@@ -111,7 +111,9 @@ class Plan:
                     raise PlanFormatError(f"{str(path)!r} is a safetensors file but no plan; make one with twofour build")
                 payload = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise PlanFormatError(f"plan {str(path)!r} is damaged: {error}") from error
+            raise PlanFormatError(
+                _one_line(f"plan {str(path)!r} is damaged, or was never one: {error}; make one with twofour build")
+            ) from error
         return cls._from_header(metadata[KEY], payload, str(path))
 
     @classmethod
@@ -170,8 +172,8 @@ class Plan:
 
 
 def _one_line(text: str, most: int = 600) -> str:
-    """A message of bounded length on one line, whatever a file put into it."""
-    line = " ".join(text.split())
+    """A message of bounded length on one line that a terminal shows as it is, whatever a file put into it."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= most else f"{line[:most]} ..."
 
 

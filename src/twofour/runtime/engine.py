@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from twofour.errors import InputError
 from twofour.plan import Plan, ValueSpec
+from twofour.runtime.host import host_array
 
 Array = npt.NDArray[Any]
 
@@ -125,7 +126,7 @@ def _as_array(value: Any, spec: ValueSpec) -> Array:
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value)
     if type(value).__module__.split(".")[0] == "torch":
-        return np.ascontiguousarray(value.detach().cpu().numpy())
+        return np.ascontiguousarray(host_array(value, spec))
     if hasattr(value, "__dlpack__"):
         return np.ascontiguousarray(np.from_dlpack(value))
     raise InputError(f"engine: input {spec.name!r} is a {type(value).__name__}, expected a NumPy array, a torch tensor or a DLPack object")
