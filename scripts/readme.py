@@ -26,6 +26,7 @@ DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
 ONESHOT = DEMO.with_name("accuracy-oneshot.json")
 GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
 ENGINE = ROOT / "results" / "nvidia-h200" / "engine.json"
+MAIN_JOB = ENGINE.with_name("main-job.json")
 AGREEMENT, SOAK = ENGINE.with_name("engine-agreement.json"), ENGINE.with_name("engine-soak.json")
 TOKENS = {"512 tokens": lambda n: n == 512, "2,048 tokens and more": lambda n: n >= 2048}
 
@@ -138,6 +139,19 @@ def soak_line() -> str:
     )
 
 
+def main_job_table() -> str:
+    """Return what `compress` reported on a GPU as Markdown: what the engine ran on, checks, accuracy."""
+    recorded = read(MAIN_JOB)
+    lines = ["| command | engine | checks passed | 2:4, dense with the same training, % |", "|---" * 4 + "|"]
+    for row in recorded["rows"]:
+        failed = [name for name, passed in row["checks"].items() if not passed]
+        passed = f"{len(row['checks']) - len(failed)} of {len(row['checks'])}" + f" (not: {', '.join(failed)})" * bool(failed)
+        accuracy = ", ".join(f"{row['accuracy'][variant]:.1f}" for variant in ("2:4", "dense + same training"))
+        engine = f"{row['backend']}, {'with' if row['sparse_kernels'] else 'without'} sparse kernels"
+        lines.append(f"| `{row['command']}` | {engine} | {passed} | {accuracy} |")
+    return "\n".join([*lines, "", f"{recorded['machine']['gpu']}; {recorded['date'][:10]}; `{recorded['command']}`."])
+
+
 def oneshot_table() -> str:
     """Return what pruning by magnitude alone costs, batch-norm as it was and re-estimated, as Markdown."""
     values = {(row["net"], row["variant"]): row["value"] for row in read(ONESHOT)["rows"]}
@@ -149,7 +163,12 @@ def oneshot_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
-PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table, "agreement": agreement_table, "soak": soak_line}
+PAGE_TABLES: dict[str, Callable[[], str]] = {
+    "engine": engine_page_table,
+    "agreement": agreement_table,
+    "soak": soak_line,
+    "main job": main_job_table,
+}
 TRAINING_TABLES: dict[str, Callable[[], str]] = {"one-shot": oneshot_table}
 
 
