@@ -1,5 +1,8 @@
 """Whole networks through build, plan and runtime on a real GPU, against ONNX Runtime in float32 (`pytest -m gpu`)."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +14,12 @@ import onnxruntime
 import pytest
 from graphs import network, text_model
 from test_engine_assemble import NETWORKS, ROUNDING
+from test_import_walls import BLOCKER
 
 import twofour
 from twofour.builder.build import build
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.errors import UnsupportedError
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +101,31 @@ def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:
     onnx.save(network("mlp_mixer"), path)
     plan = build(path, batch=(2,), precision="fp16", device="cuda", sparsity="force", timing_cache=cache)
     assert "the accuracy of this engine is gone" in plan.about["note"]
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_with_our_tactics_alone_an_engine_needs_only_the_driver(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("mlp_mixer"), path)
+    plan = check(path, (1, 4), (1, 2, 4, 5), "fp16", cache, tactics="ours")
+    assert not plan.needs
+    assert {step.library for program in plan.programs for step in program.steps} == {"twofour"}
+    # Neither a library of NVIDIA's nor a compiler can be found where the plan runs.
+    kept = '{"torch", "onnx", "onnx_ir", "onnxscript"}'
+    code = BLOCKER.replace(kept, '{"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "nvmath", "cudnn"}') + (
+        f"import numpy as np, twofour\ne = twofour.load({str(path.with_suffix('.plan'))!r})\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, e(np.load({str(tmp_path / 'x.npy')!r})))\n"
+    )
+    shape = tuple(3 if size is None else size for size in plan.inputs[0].shape)
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    environment = {**os.environ, "TWOFOUR_NO_COMPILE": "1", "TWOFOUR_CACHE_DIR": str(tmp_path / "empty")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert np.array_equal(np.load(tmp_path / "y.npy"), np.asarray(twofour.load(plan)(x)))
+
+
+def test_our_tactics_alone_are_refused_by_name_where_they_do_not_cover_a_network(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("resnet"), path)
+    with pytest.raises(UnsupportedError, match=r"\d+ layers cannot be computed with tactics 'ours': "):
+        build(path, batch=(1,), precision="fp16", device="cuda", tactics="ours", timing_cache=cache)
