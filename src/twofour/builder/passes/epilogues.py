@@ -15,7 +15,7 @@ from twofour.builder.graph import (
     replace,
     shape_of,
 )
-from twofour.builder.passes.batch_norm import bias_of, fold_into
+from twofour.builder.passes.folding import bias_of, fold_into
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import is_sum_of_two, program_of, unary_of
 from twofour.builder.strided import row_major

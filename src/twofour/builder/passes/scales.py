@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from twofour.builder.graph import Array, constant_of, is_fused, is_op, nodes_of, only_use, producer, replace, shape_of
-from twofour.builder.passes.batch_norm import bias_of, fold_into
+from twofour.builder.passes.folding import bias_of, fold_into
 from twofour.builder.passes.infra import Rewrite
 
 
