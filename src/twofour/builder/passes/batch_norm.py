@@ -16,7 +16,7 @@ from twofour.builder.graph import (
     replace,
     shape_of,
 )
-from twofour.builder.passes.folding import bias_of, fold_into
+from twofour.builder.passes.folding import bias_of, fold_scale
 from twofour.builder.passes.infra import Rewrite, forbid
 
 
@@ -24,8 +24,12 @@ class BatchNorms(Rewrite):
     """Removes BatchNormalization: y = x s + t with s = scale / sqrt(variance + eps), t = bias - mean s.
 
     1. Behind a convolution read only by it: w' = s w, b' = s b + t. Zeros of w stay zeros, so a 2:4 weight stays 2:4.
-    2. Anywhere else: Mul and Add with `[C, 1, …]` constants, which other passes fuse.
+    2. Anywhere else, and what 1 leaves so that weights keep their digits: Mul and Add with `[C, 1, …]` constants, which other passes fuse.
     """
+
+    def __init__(self, precision: str) -> None:
+        """Take the precision that weights will be rounded to."""
+        self.precision = precision
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Fold or spell out every norm whose statistics are constants."""
@@ -49,9 +53,11 @@ class BatchNorms(Rewrite):
         assert x is not None
         weight = constant_of(before.inputs[1]) if is_op(before, "Conv") and before is not None else None
         if before is not None and weight is not None and only_use(x) is node and bias_of(before) is not None:
-            fold_into(graph, before, factor, addend)  # 1
-            replace(graph, node.outputs[0], before.outputs[0])
-            return
+            rest = fold_scale(graph, before, node.outputs[0], factor, addend, self.precision)  # 1
+            if rest is None:
+                replace(graph, node.outputs[0], before.outputs[0])
+                return
+            factor = rest
         column = (-1, *[1] * (len(shape_of(x)) - 2))
         stem = str(node.outputs[0].name)
         constants = [add_constant(graph, v.reshape(column), f"{stem}.{name}") for v, name in ((factor, "scale"), (addend, "shift"))]
