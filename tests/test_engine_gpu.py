@@ -96,6 +96,26 @@ def test_odd_images_and_ragged_channels(size: tuple[int, int], cache: Path, tmp_
     check(path, (1, 4), (1, 2, 5, 9), "fp16", cache)
 
 
+def small_scales() -> onnx.ModelProto:
+    """Two layers and one scale a channel from 1e-3 to 1e-7: folded, few weights would keep their digits in fp16."""
+    rng = np.random.default_rng(0)
+    weights = {name: (0.1 * rng.standard_normal((96, 96))).astype(np.float32) for name in ("w1", "w2")}
+    weights |= {"s": np.logspace(-3, -7, 96, dtype=np.float32)}
+    return text_model("float[N,96] x", "a = MatMul(x, w1) b = Relu(a) c = MatMul(b, w2) y = Mul(c, s)", "float[N,96] y", **weights)
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_channels_of_small_scales_keep_their_digits(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(small_scales()), path)
+    check(path, (16,), (16,), "fp16", cache)
+    x = np.random.default_rng(0).standard_normal((16, 96)).astype(np.float32)
+    (wanted,) = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    found = np.asarray(twofour.load(path.with_suffix(".plan"))(x))
+    # Two layers round; each channel by its own size.
+    assert np.all(np.abs(found - wanted).max(0) <= 8 * ROUNDING["fp16"] * np.sqrt(2) * np.abs(wanted).max(0))
+
+
 def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(network("mlp_mixer"), path)
