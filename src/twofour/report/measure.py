@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twofour.builder import build
+from twofour.builder.batches import batch_sizes
 from twofour.errors import InputError
 from twofour.files import existing_file
 from twofour.plan import Plan
@@ -80,7 +81,7 @@ def plan_of(thing: str | Path | Plan) -> Plan:
 def measure(
     things: str | Path | Plan | Mapping[str, str | Path | Plan] | Sequence[str | Path],
     *,
-    batch: Sequence[int] = (1, 32),
+    batch: int | Sequence[int] = (1, 32),
     seconds: float = 2.0,
     memory: bool = True,
     device: int = 0,
@@ -90,13 +91,14 @@ def measure(
     GPU plans are timed by the protocol of `timing/gpu.py`, which takes the time that it needs.
 
     Args:
-        things: plans or ONNX files; a mapping gives them names.
+        things: plans or ONNX files; a mapping gives them names. batch: batch size or sizes.
         seconds: time for each batch size, all things together, after a warm-up.
         memory: also measure the peak memory of each, in a process of its own; of a GPU plan it is the device memory that it takes.
         device: number of the GPU for GPU plans.
 
     Raises:
-        InputError: a file is missing or neither plan nor ONNX, a batch below 1, two things of one name, plans of both kinds.
+        InputError: a file is missing or neither plan nor ONNX, no batch size or one that no tensor has, two things of one name, plans of
+            both kinds.
     """
     if isinstance(things, str | Path | Plan):
         things = {_name(things): things}
@@ -105,13 +107,15 @@ def measure(
         if len(named) < len(things):
             raise InputError("measure: two of the files are the same, expected each once")
         things = named
-    if not things or not batch or any(b < 1 for b in batch):
-        raise InputError(f"measure: {len(things)} things at batch {list(batch)}, expected at least one thing and sizes of 1 or more")
+    sizes = batch_sizes(batch, "measure")
+    for what, given in (("plan or ONNX file", things), ("batch size", sizes)):
+        if not given:
+            raise InputError(f"measure: no {what} is given, expected at least one")
     plans = {name: plan_of(thing) for name, thing in things.items()}
     if on_gpu := [name for name, plan in plans.items() if plan.backend == "cuda"]:
         if len(on_gpu) < len(plans):
             raise InputError(f"measure: {on_gpu[0]!r} runs on a GPU and others on the CPU, expected one kind; measure them apart")
-        return _on_gpu(plans, batch, memory, device)
+        return _on_gpu(plans, sizes, memory, device)
     engines = {name: Engine(plan) for name, plan in plans.items()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +123,7 @@ def measure(
         if memory:
             for name, plan in plans.items():
                 plan.save(files[name])
-        for size in batch:
+        for size in sizes:
             calls = {}
             for name, engine in engines.items():
                 inputs = engine.random_inputs(size)
