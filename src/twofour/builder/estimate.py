@@ -221,21 +221,26 @@ def estimate_calls(calls: Sequence[LayerCall], gpu: Gpu, batch: int, precision: 
 
 
 def estimate(
-    path: str | Path, *, gpus: Sequence[str] = (), batch: int | Sequence[int] = (32,), precision: str = "fp16", fallback: bool = False
+    path: str | Path,
+    *,
+    gpus: str | Sequence[str] = (),
+    batch: int | Sequence[int] = (32,),
+    precision: str = "fp16",
+    fallback: bool = False,
 ) -> list[Estimate]:
     """Return what 2:4 would buy the ONNX file at `path`, one prediction a GPU and batch size, in that order.
 
     Every layer that a 2:4 kernel could compute is taken as if its weight were 2:4, whatever it holds now.
 
     Args:
-        gpus: names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes.
+        gpus: name or names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes.
         fallback: leave operators that the engine lacks out of the sum.
 
     Raises:
         InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks;
             with `fallback`, no other.
     """
-    chosen = [gpu_named(name) for name in gpus] or list(GPUS.values())
+    chosen = [gpu_named(name) for name in ((gpus,) if isinstance(gpus, str) else gpus)] or list(GPUS.values())
     sizes = batch_sizes(batch, "estimate")
     if not sizes:
         raise InputError("estimate: no batch size is given, expected at least one")
