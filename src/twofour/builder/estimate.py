@@ -224,7 +224,7 @@ def estimate(
     path: str | Path,
     *,
     gpus: str | Sequence[str] = (),
-    batch: int | Sequence[int] = (32,),
+    batch: int | Sequence[int] = (1, 32),
     precision: str = "fp16",
     fallback: bool = False,
 ) -> list[Estimate]:
