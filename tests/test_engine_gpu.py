@@ -15,6 +15,7 @@ from test_engine_assemble import NETWORKS, ROUNDING
 import twofour
 from twofour.builder.build import build
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.report.measure import batches_of
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +97,12 @@ def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:
     onnx.save(network("mlp_mixer"), path)
     plan = build(path, batch=(2,), precision="fp16", device="cuda", sparsity="force", timing_cache=cache)
     assert "the accuracy of this engine is gone" in plan.about["note"]
+
+
+def test_a_fixed_batch_is_built_without_naming_it(tmp_path: Path) -> None:
+    model = text_model("float[4,64] x", "y = MatMul(x, w)", w=2 * np.eye(64, dtype=np.float32))
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    onnx.save(model, tmp_path / "model.onnx")
+    plan = build(tmp_path / "model.onnx", device="cuda", tactics="ours")
+    assert (plan.batches, batches_of({"plan": plan})) == ((4,), (4,))
+    assert np.array_equal(twofour.load(plan)(np.ones((4, 64), np.float32)), np.full((4, 64), 2, np.float32))

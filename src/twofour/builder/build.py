@@ -38,7 +38,7 @@ def device_of(device: str) -> tuple[str, int]:
 def build(
     path: str | Path,
     *,
-    batch: int | Sequence[int] = (),
+    batch: int | Sequence[int] | None = None,
     precision: str | None = None,
     sparsity: str = "auto",
     device: str = "cpu",
@@ -53,7 +53,7 @@ def build(
     in every way that can compute it, and the fastest is taken; `about["builds"]` holds the times and the reasons, a record a batch size.
 
     Args:
-        batch: batch size or sizes to tune for; empty means any on the CPU, 1 on a GPU.
+        batch: batch size or sizes to tune for; by default the one that the file was exported for, else any on the CPU, 1 on a GPU.
         device: `cpu`, `cuda`, or `cuda:N` for GPU N.
         precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU; by default the first.
         sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
@@ -70,12 +70,12 @@ def build(
     precision = ("fp16" if kind == "cuda" else "fp32") if precision is None else checked_choice("precision", precision, PRECISIONS)
     checked_choice("sparsity", sparsity, SPARSITY)
     checked_choice("tactics", tactics, TACTICS)
-    sizes = batch_sizes(batch, "build")
+    sizes = batch_sizes(batch, "build", least=0)
     if kind == "cuda":
         cache = None if timing_cache is None else Path(timing_cache)
         return build_gpu(
             path,
-            batches=sizes or (1,),
+            batches=sizes,
             precision=precision,
             sparsity=sparsity,
             tactics=tactics,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.batches import default_batches
 from twofour.builder.specs import spec_of
 from twofour.errors import UnsupportedError
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
@@ -71,6 +72,6 @@ def build_cpu(path: Path, *, batches: Sequence[int], precision: str, sparsity: s
         inputs,
         outputs,
         {"onnx": np.frombuffer(data, np.uint8)},
-        tuple(batches),
+        tuple(batches) or default_batches(model, ()),
         about,
     )

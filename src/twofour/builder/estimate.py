@@ -11,10 +11,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from twofour.builder.batches import batch_sizes
+from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.builder.gpus import GPUS, Gpu, gpu_named
 from twofour.builder.lower import Front, LayerCall
-from twofour.errors import InputError, UnsupportedError
+from twofour.errors import UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 # Shares of the peak rates reached on large problems, and of the bandwidth on memory-bound ones; H200 at 700 W, results/nvidia-h200.
@@ -224,7 +224,7 @@ def estimate(
     path: str | Path,
     *,
     gpus: str | Sequence[str] = (),
-    batch: int | Sequence[int] = (1, 32),
+    batch: int | Sequence[int] | None = None,
     precision: str = "fp16",
     fallback: bool = False,
 ) -> list[Estimate]:
@@ -233,19 +233,17 @@ def estimate(
     Every layer that a 2:4 kernel could compute is taken as if its weight were 2:4, whatever it holds now.
 
     Args:
-        gpus: name or names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes.
-        fallback: leave operators that the engine lacks out of the sum.
+        gpus: name or names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes; by default the one that
+            the file was exported for, else 1 and 32. fallback: leave operators that the engine lacks out of the sum.
 
     Raises:
-        InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks;
-            with `fallback`, no other.
+        InputError: an unknown GPU, an unreadable file, a batch that it does not take. UnsupportedError: the network has operators that
+            the engine lacks; with `fallback`, no other.
     """
     chosen = [gpu_named(name) for name in ((gpus,) if isinstance(gpus, str) else gpus)] or list(GPUS.values())
     sizes = batch_sizes(batch, "estimate")
-    if not sizes:
-        raise InputError("estimate: no batch size is given, expected at least one")
     front = Front(path, fallback=fallback)
-    lowered = [(size, front.lower(size, precision).calls) for size in sizes]
+    lowered = [(size, front.lower(size, precision).calls) for size in sizes or front.default_batches(BATCHES)]
     refuse_nothing_ours(lowered[0][1], str(path))
     return [estimate_calls(calls, gpu, size, precision) for gpu in chosen for size, calls in lowered]
 

@@ -37,6 +37,12 @@ def check_opset(model: ir.Model, where: str) -> None:
         )
 
 
+def fixed_batches(model: ir.Model) -> tuple[int, ...]:
+    """Return the size of each input's first axis, in order; nothing where one of them is symbolic: such a model takes any batch."""
+    sizes = [value.shape[0] for value in model.graph.inputs if value.shape and not value.is_initializer()]
+    return tuple(size for size in sizes if isinstance(size, int)) if all(isinstance(size, int) for size in sizes) else ()
+
+
 def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
@@ -44,7 +50,7 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
         InputError: the batch is fixed to another size, an input has no type or shape, or an axis of size 0. UnsupportedError: another axis
             is symbolic, or an input holds what is no number.
     """
-    symbols = set()
+    fixed = fixed_batches(model)
     for value in model.graph.inputs:
         if value.shape is None or value.dtype is None:
             raise InputError(f"import: input {value.name!r} of {where!r} has no type or shape; export the model with both")
@@ -57,7 +63,6 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
                 sizes.append(size)
             elif axis == 0:
                 sizes.append(batch)
-                symbols.add(str(size))
             else:
                 raise UnsupportedError(
                     f"import: input {value.name!r} of {where!r} has the dynamic axis {axis} ({size}); "
@@ -66,12 +71,10 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
         if 0 in sizes:
             raise InputError(f"import: input {value.name!r} of {where!r} is empty, its shape is {sizes}; export the model with real sizes")
         value.shape = ir.Shape(sizes)
-    fixed = [value.shape[0] for value in model.graph.inputs if value.shape]
-    if not symbols and fixed and batch not in fixed:
-        size = fixed[0]
+    if fixed and batch not in fixed:
         raise InputError(
-            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; "
-            f"ask for {size}, or export it with a dynamic batch"
+            f"import: {where!r} was exported for batches of {fixed[0]}, batch {batch} was asked for; "
+            f"ask for {fixed[0]}, or export it with a dynamic batch"
         )
 
 

@@ -70,6 +70,12 @@ class Plan:
         """Bytes of the payload."""
         return sum(array.nbytes for array in self.payload.values())
 
+    @property
+    def fixed_batches(self) -> tuple[int, ...]:
+        """The size of each input's first axis, in order; nothing where one of them is open: such a plan takes any batch."""
+        sizes = [value.shape[0] for value in self.inputs if value.shape]
+        return () if None in sizes else tuple(size for size in sizes if size is not None)
+
     def __str__(self) -> str:
         ins, outs = ", ".join(map(str, self.inputs)), ", ".join(map(str, self.outputs))
         return f"Plan({self.backend} on {self.device}, {self.precision}, {ins} -> {outs}, {self.num_bytes:,} bytes)"

@@ -91,9 +91,9 @@ class Engine:
         Raises:
             InputError: the plan's batch is fixed and another.
         """
-        sizes = {spec.shape[0] for spec in self.plan.inputs if spec.shape and spec.shape[0] is not None}
-        if sizes - {batch}:
-            raise InputError(f"engine: batch {batch} was asked for, the plan takes batches of {min(sizes - {batch})} only")
+        fixed = self.plan.fixed_batches
+        if fixed and batch not in fixed:
+            raise InputError(f"engine: batch {batch} was asked for, the plan takes batches of {fixed[0]} only")
         rng = np.random.default_rng(seed)
         values: list[Array] = []
         for spec in self.plan.inputs:
