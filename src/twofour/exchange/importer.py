@@ -43,6 +43,19 @@ def fixed_batches(model: ir.Model) -> tuple[int, ...]:
     return tuple(size for size in sizes if isinstance(size, int)) if all(isinstance(size, int) for size in sizes) else ()
 
 
+def refuse_other_batch(fixed: tuple[int, ...], batch: int, where: str) -> None:
+    """Do nothing if a model of these `fixed_batches` takes `batch`.
+
+    Raises:
+        InputError: it does not.
+    """
+    if fixed and batch not in fixed:
+        raise InputError(
+            f"import: {where!r} was exported for batches of {fixed[0]}, batch {batch} was asked for; "
+            f"ask for {fixed[0]}, or export it with a dynamic batch"
+        )
+
+
 def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
@@ -71,11 +84,7 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
         if 0 in sizes:
             raise InputError(f"import: input {value.name!r} of {where!r} is empty, its shape is {sizes}; export the model with real sizes")
         value.shape = ir.Shape(sizes)
-    if fixed and batch not in fixed:
-        raise InputError(
-            f"import: {where!r} was exported for batches of {fixed[0]}, batch {batch} was asked for; "
-            f"ask for {fixed[0]}, or export it with a dynamic batch"
-        )
+    refuse_other_batch(fixed, batch, where)
 
 
 def refuse_bare_outputs(model: ir.Model, where: str) -> None:
