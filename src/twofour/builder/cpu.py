@@ -15,6 +15,7 @@ from twofour.errors import UnsupportedError
 from twofour.exchange.importer import fixed_batches, refuse_other_batch
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan
+from twofour.plan.record import printable
 from twofour.version import __version__
 
 
@@ -33,7 +34,7 @@ def refuse_unrunnable(data: bytes, path: Path) -> None:
     except Exception as error:
         # ONNX Runtime raises its own kinds for a bad model; they share no public base.
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {first_line}") from error
+        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {printable(first_line)}") from error
 
 
 def build_cpu(path: Path, *, batches: Sequence[int], precision: str, sparsity: str) -> Plan:

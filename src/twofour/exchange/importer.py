@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from twofour.errors import InputError, UnsupportedError
+from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.exchange.fits import why_ill_formed
 from twofour.exchange.gathers import spread_gathers
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.exchange.support import NO_OPERATOR, why_unsupported
+from twofour.plan.record import printable
 
 logger = logging.getLogger(__name__)
 SHAPE_OF_INPUT = frozenset({"GroupNormalization", "RMSNormalization", "Swish", "HardSwish", "Mish", "Gelu", "Celu"})
@@ -227,6 +228,15 @@ def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fall
 
 def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
     """Return `model`, changed in place, as `import_graph` does; `where` names it in errors."""
+    try:
+        return _prepared(model, batch, where, fold, fallback)
+    except TwofourError as error:
+        # A refusal names nodes, axes and attributes as the file does.
+        raise type(error)(printable(str(error))) from None
+
+
+def _prepared(model: ir.Model, batch: int, where: str, fold: Fold | None, fallback: bool) -> ir.Model:
+    """As `prepare_model`."""
     if not 1 <= batch <= LARGEST_BATCH:
         raise InputError(f"import: batch is {batch}, expected 1 to {LARGEST_BATCH}")
     check_opset(model, where)

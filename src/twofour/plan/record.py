@@ -118,7 +118,7 @@ class Plan:
                 payload = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise PlanFormatError(
-                _one_line(f"plan {str(path)!r} is damaged, or was never one: {error}; make one with twofour build")
+                one_line(f"plan {str(path)!r} is damaged, or was never one: {error}; make one with twofour build")
             ) from error
         return cls._from_header(metadata[KEY], payload, str(path))
 
@@ -127,7 +127,7 @@ class Plan:
         try:
             return cls._read_header(text, payload, where)
         except PlanFormatError as error:
-            raise PlanFormatError(_one_line(str(error))) from error
+            raise PlanFormatError(one_line(str(error))) from error
 
     @classmethod
     def _read_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
@@ -152,7 +152,7 @@ class Plan:
         except PlanFormatError:
             raise
         except InputError as error:
-            raise PlanFormatError(f"plan {where!r} is damaged: {_one_line(str(error))}") from error
+            raise PlanFormatError(f"plan {where!r} is damaged: {one_line(str(error))}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise PlanFormatError(f"plan {where!r} is damaged: its description cannot be read ({error!r})") from error
         for what, value, known in (
@@ -177,9 +177,14 @@ class Plan:
         return plan
 
 
-def _one_line(text: str, most: int = 600) -> str:
-    """A message of bounded length on one line that a terminal shows as it is, whatever a file put into it."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+def printable(text: str) -> str:
+    """Return `text` with a `?` for each character that a terminal would obey, whatever a file put into it."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def one_line(text: str, most: int = 600) -> str:
+    """Return a message of bounded length on one line that a terminal shows as it is."""
+    line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[:most]} ..."
 
 
