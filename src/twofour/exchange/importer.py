@@ -166,7 +166,7 @@ def refuse_missing(model: ir.Model, where: str, found: dict[str, list[str]] | No
         listed = "; ".join(f"{kind} ({', '.join(nodes)})" for kind, nodes in found.items())
         count = sum(len(nodes) for nodes in found.values())
         raise UnsupportedError(
-            f"import: {where!r} has {count} nodes with operators that the engine lacks: {listed}; "
+            f"import: {where!r} has {count} node{'s' if count != 1 else ''} with operators that the engine lacks: {listed}; "
             "build with fallback to run them on the CPU"
         )
 
@@ -207,7 +207,8 @@ def refuse_hopeless(model: ir.Model, where: str) -> None:
         elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
             hopeless.append(f"{named(node, index)}, whose output's size is not known before it runs")
     if hopeless:
-        raise UnsupportedError(f"import: {where!r} has {len(hopeless)} nodes that fallback cannot run either: {'; '.join(hopeless)}")
+        nodes = f"{len(hopeless)} node{'s' if len(hopeless) != 1 else ''}"
+        raise UnsupportedError(f"import: {where!r} has {nodes} that fallback cannot run either: {'; '.join(hopeless)}")
 
 
 def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:

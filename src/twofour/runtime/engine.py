@@ -107,7 +107,8 @@ class Engine:
     def _checked(self, inputs: tuple[Any, ...]) -> list[Array]:
         specs = self.plan.inputs
         if len(inputs) != len(specs):
-            raise InputError(f"engine: {len(inputs)} inputs given, expected {len(specs)}: {', '.join(map(str, specs))}")
+            number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
+            raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
         arrays = [_as_array(value, spec) for value, spec in zip(inputs, specs, strict=True)]
         batches: set[int] = set()
         for array, spec in zip(arrays, specs, strict=True):
