@@ -20,6 +20,7 @@ import twofour
 from twofour.builder.build import build
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
 from twofour.errors import UnsupportedError
+from twofour.report.measure import batches_of
 
 pytestmark = pytest.mark.gpu
 
@@ -149,3 +150,12 @@ def test_our_tactics_alone_are_refused_by_name_where_they_do_not_cover_a_network
     onnx.save(network("resnet"), path)
     with pytest.raises(UnsupportedError, match=r"\d+ layers cannot be computed with tactics 'ours': "):
         build(path, batch=(1,), precision="fp16", device="cuda", tactics="ours", timing_cache=cache)
+
+
+def test_a_fixed_batch_is_built_without_naming_it(tmp_path: Path) -> None:
+    model = text_model("float[4,64] x", "y = MatMul(x, w)", w=2 * np.eye(64, dtype=np.float32))
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    onnx.save(model, tmp_path / "model.onnx")
+    plan = build(tmp_path / "model.onnx", device="cuda", tactics="ours")
+    assert (plan.batches, batches_of({"plan": plan})) == ((4,), (4,))
+    assert np.array_equal(twofour.load(plan)(np.ones((4, 64), np.float32)), np.full((4, 64), 2, np.float32))

@@ -143,6 +143,19 @@ def test_every_layer_of_a_network_has_a_time_and_a_reason(tmp_path: Path) -> Non
     assert predictions[2].dense_us > predictions[0].dense_us
 
 
+def test_the_function_and_the_command_predict_the_same_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(text_model("float[N,64] x", "y = MatMul(x, w)", w=np.ones((64, 64), np.float32)), path)
+    printed = CliRunner().invoke(command_line, ["estimate", str(path), "--gpu", "H200", "--predict", "--json"])
+    assert json.loads(printed.output) == [one.to_json() for one in estimate(path, gpus="H200")]
+
+
+def test_one_name_is_one_gpu(linear: Path) -> None:
+    assert [one.gpu for one in estimate(linear, gpus="h200", batch=1)] == ["H200"]
+    with pytest.raises(InputError, match="GPU '' is not in the table, expected one of A100"):
+        estimate(linear, gpus="")
+
+
 def test_no_batch_is_refused(linear: Path) -> None:
     with pytest.raises(InputError, match="no batch size is given, expected at least one"):
         estimate(linear, batch=())

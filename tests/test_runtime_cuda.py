@@ -230,6 +230,12 @@ def test_wrong_inputs_are_one_sentence(make: Any, message: str) -> None:
         backend().call(make())
 
 
+def test_one_input_of_two_is_named_so() -> None:
+    two = dataclasses.replace(plan(), inputs=plan().inputs * 2)
+    with pytest.raises(InputError, match="1 input given, expected 2: x"):
+        backend(two).call([images(4)])
+
+
 def test_an_output_of_the_whole_batch_is_not_computed_from_parts() -> None:
     source = plan()
     whole = dataclasses.replace(source, outputs=(dataclasses.replace(source.outputs[0], shape=(4, CHANNELS)),))

@@ -11,9 +11,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.builder.gpus import GPUS, Gpu, gpu_named
 from twofour.builder.lower import Front, LayerCall
-from twofour.errors import InputError, UnsupportedError
+from twofour.errors import UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 # Shares of the peak rates reached on large problems, and of the bandwidth on memory-bound ones; H200 at 700 W, results/nvidia-h200.
@@ -220,24 +221,29 @@ def estimate_calls(calls: Sequence[LayerCall], gpu: Gpu, batch: int, precision: 
 
 
 def estimate(
-    path: str | Path, *, gpus: Sequence[str] = (), batch: Sequence[int] = (32,), precision: str = "fp16", fallback: bool = False
+    path: str | Path,
+    *,
+    gpus: str | Sequence[str] = (),
+    batch: int | Sequence[int] | None = None,
+    precision: str = "fp16",
+    fallback: bool = False,
 ) -> list[Estimate]:
     """Return what 2:4 would buy the ONNX file at `path`, one prediction a GPU and batch size, in that order.
 
     Every layer that a 2:4 kernel could compute is taken as if its weight were 2:4, whatever it holds now.
 
     Args:
-        gpus: names of `builder.gpus.GPUS`; all by default. fallback: leave operators that the engine lacks out of the sum.
+        gpus: name or names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes; by default the one that
+            the file was exported for, else 1 and 32. fallback: leave operators that the engine lacks out of the sum.
 
     Raises:
-        InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks;
-            with `fallback`, no other.
+        InputError: an unknown GPU, an unreadable file, a batch that it does not take. UnsupportedError: the network has operators that
+            the engine lacks; with `fallback`, no other.
     """
-    chosen = [gpu_named(name) for name in gpus] or list(GPUS.values())
-    if not batch:
-        raise InputError("estimate: no batch size is given, expected at least one")
+    chosen = [gpu_named(name) for name in ((gpus,) if isinstance(gpus, str) else gpus)] or list(GPUS.values())
+    sizes = batch_sizes(batch, "estimate")
     front = Front(path, fallback=fallback)
-    lowered = [(size, front.lower(size, precision).calls) for size in batch]
+    lowered = [(size, front.lower(size, precision).calls) for size in sizes or front.default_batches(BATCHES)]
     refuse_nothing_ours(lowered[0][1], str(path))
     return [estimate_calls(calls, gpu, size, precision) for gpu in chosen for size, calls in lowered]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from twofour.builder.assemble import Assembler, forced
+from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.builder.estimate import refuse_nothing_ours
 from twofour.builder.gpus import GPUS, Gpu
 from twofour.builder.graph import Array
@@ -39,8 +40,8 @@ class Prepared:
     memory: tuple[MemoryPlan, ...]
 
 
-def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool) -> Prepared:
-    """Return everything about an engine that needs no GPU.
+def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool, otherwise: tuple[int, ...] = (1,)) -> Prepared:
+    """Return everything about an engine that needs no GPU; without a batch size, for the file's own, else for `otherwise`.
 
     Raises:
         InputError, UnsupportedError: as import and the passes do.
@@ -48,7 +49,7 @@ def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool) ->
     if precision not in PRECISIONS:
         raise InputError(f"build: precision {precision!r} is not one of the GPU engine's, expected one of {list(PRECISIONS)}")
     front = Front(path, fallback=fallback)
-    lowered = tuple(front.lower(size, precision) for size in sorted(set(batch)))
+    lowered = tuple(front.lower(size, precision) for size in sorted(set(batch or front.default_batches(otherwise))))
     return Prepared(lowered, tuple(plan_memory(one.buffers()) for one in lowered))
 
 
@@ -139,7 +140,7 @@ def build_gpu(
 def measure_gain(
     path: Path,
     *,
-    batches: Sequence[int],
+    batches: int | Sequence[int] | None = None,
     precision: str,
     timing_cache: Path | None = None,
     fallback: bool = False,
@@ -151,12 +152,15 @@ def measure_gain(
     The first is the network as it is without 2:4 kernels; the second a copy pruned by magnitude wherever a 2:4 kernel could compute a
     layer, each layer in its fastest way. Layers are timed one by one; no engine is made, and the copy's accuracy is gone.
 
+    Args:
+        batches: batch size or sizes; by default the one that the file was exported for, else 1 and 32.
+
     Raises:
         InputError, UnsupportedError, MissingExtraError: as `build` for a GPU.
     """
     from twofour.timing.gpu import Stopwatch
 
-    ready = prepare(path, batches, precision, fallback)
+    ready = prepare(path, batch_sizes(batches, "estimate"), precision, fallback, BATCHES)
     refuse_nothing_ours(ready.lowered[0].calls, str(path))
     require_gpu(device)
     bench = Bench(Stopwatch(device), device)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.batches import default_batches
 from twofour.builder.graph import Array, constant_of, is_fused
 from twofour.builder.layers import Emitter
 from twofour.builder.memory import Buffer
@@ -178,6 +179,10 @@ class Front:
         """
         self.path, self.fallback = Path(path), fallback
         self._model = parse_onnx_file(self.path)
+
+    def default_batches(self, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the batch sizes that are meant where none are given: the one that the file was exported for, else `otherwise`."""
+        return default_batches(self._model, otherwise)
 
     def graph(self, batch: int) -> ir.Model:
         """Return the imported graph for one batch size, before any pass.

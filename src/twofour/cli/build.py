@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from twofour.plan import Plan
 
 
-def sizes(text: str) -> tuple[int, ...]:
-    """Return the batch sizes in `1,32,256`.
+def sizes(text: str | None) -> tuple[int, ...] | None:
+    """Return the batch sizes in `1,32,256`; None where none are given.
 
     Raises:
         click.BadParameter: not such a list.
     """
+    if text is None:
+        return None
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as error:
@@ -28,7 +30,11 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.command()
 @click.argument("onnx", type=options.PATH)
 @click.option("-o", "--out", type=options.PATH, required=True, help="The plan file.")
-@click.option("--batch", default="", metavar="N,N,…", help="Batch sizes to tune for; any by default.")
+@click.option(
+    "--batch",
+    metavar="N,N,…",
+    help="Batch sizes to tune for; by default the one that ONNX was exported for, else any on the CPU, 1 on a GPU.",
+)
 @click.option("--precision", help="fp32 on the CPU; fp16, the default there, or bf16 on a GPU.")
 @click.option("--sparsity", default="auto", show_default=True, help="auto, off or force.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -41,7 +47,7 @@ def sizes(text: str) -> tuple[int, ...]:
 def command(
     onnx: Path,
     out: Path,
-    batch: str,
+    batch: str | None,
     precision: str | None,
     sparsity: str,
     device: str,

@@ -187,7 +187,8 @@ class CudaBackend:
         """
         specs = self.plan.inputs
         if len(inputs) != len(specs):
-            raise InputError(f"engine: {len(inputs)} inputs given, expected {len(specs)}: {', '.join(map(str, specs))}")
+            number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
+            raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
         self.gpu.use()
         context = self.context()
         where = self._stream(inputs[0], stream, context)
