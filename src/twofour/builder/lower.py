@@ -85,6 +85,11 @@ class Lowered:
                 sizes[place.root] = max(sizes.get(place.root, 0), end)
         return [Buffer(root, sizes[root], first[root], last[root]) for root in first]
 
+    def model(self, call: LayerCall) -> bytes:
+        """Return the ONNX model of a fallback."""
+        held: Any = self.constants[f"{call.operands['d0']}.model"]
+        return bytes(held) if not isinstance(held, np.ndarray) else held.tobytes()
+
 
 def why_dense(weight: Array) -> str:
     """Return why a weight as it is cannot run sparse: its zeros do not obey 2:4 along the input channels; empty when they do."""

@@ -10,18 +10,24 @@ from twofour.builder.gpus import Gpu
 from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.memory import MemoryPlan
 from twofour.errors import InputError
+from twofour.plan.program import FALLBACK
 
 SCHEMA = 1
+NO_GRAPH = "An engine with such layers launches its steps one by one, without a CUDA graph."
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What timing found for one layer: microseconds a candidate, why others were left out, the winner and whether it uses the zeros."""
+    """What timing found for one layer: microseconds a candidate, why others were left out, the winner and whether it uses the zeros.
+
+    `copy_us`: of a layer that ONNX Runtime computes on the CPU, the copies to the host and back within its time.
+    """
 
     winner: str
     times_us: Mapping[str, float]
     left_out: Mapping[str, str]
     sparse: bool = False
+    copy_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class LayerRecord:
         candidates: microseconds of every tactic that ran. left_out: why the others did not.
         us: the winner's time; None where nothing was timed. share: of all layers' time, in 0…1.
         roofline_us: the least time the GPU's peak rates allow. over_roofline: us / roofline_us.
+        copy_us: of a layer that ONNX Runtime computes on the CPU, the copies to the host and back within `us`; None for others.
     """
 
     name: str
@@ -52,6 +59,7 @@ class LayerRecord:
     share: float | None
     roofline_us: float
     over_roofline: float | None
+    copy_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,42 @@ def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequen
                 us / total if us is not None and total else None,
                 least,
                 us / least if us is not None and least else None,
+                None if found is None else found.copy_us,
             )
         )
     return BuildRecord(model, gpu.name, lowered.batch, lowered.precision, tuple(layers), memory.peak_bytes, memory.bound_bytes)
+
+
+@dataclass(frozen=True)
+class FallbackCost:
+    """What the layers that ONNX Runtime computes on the CPU cost: `us` in all, `copy_us` of it for copies, `share` of all layers' time.
+
+    `untimed` of the `layers` could not be timed and are not in the sums.
+    """
+
+    layers: int
+    untimed: int
+    us: float
+    copy_us: float
+    share: float | None
+
+    def __str__(self) -> str:
+        untimed = f" ({self.untimed} not timed)" if self.untimed else ""
+        share = "" if self.share is None else f", {100 * self.share:.1f} % of all layers' time"
+        return (
+            f"ONNX Runtime computes {self.layers} layers on the CPU{untimed}: {self.us:,.1f} µs{share}, {self.copy_us:,.1f} µs of it "
+            f"copies to the host and back. {NO_GRAPH}"
+        )
+
+
+def fallback_cost(record: BuildRecord) -> FallbackCost | None:
+    """Return what a build's fallbacks cost; None where it has none."""
+    layers = [layer for layer in record.layers if layer.family == FALLBACK]
+    if not layers:
+        return None
+    us, copy_us = (sum(getattr(layer, name) or 0.0 for layer in layers) for name in ("us", "copy_us"))
+    untimed = sum(layer.us is None for layer in layers)
+    return FallbackCost(len(layers), untimed, us, copy_us, us / record.total_us if record.total_us else None)
 
 
 def is_sparse_way(name: str) -> bool:
@@ -145,7 +186,10 @@ def is_sparse_way(name: str) -> bool:
 
 
 def why_winner(layer: LayerRecord) -> str:
-    """Return in one phrase why a layer runs as it does: its gain from 2:4, or why there is none."""
+    """Return in one phrase why a layer runs as it does: its gain from 2:4, or why there is none; of a fallback, what computes it."""
+    if layer.family == FALLBACK:
+        copies = "" if layer.copy_us is None else f", {layer.copy_us:.1f} µs of it copies to the host and back"
+        return f"the engine lacks it: ONNX Runtime on the CPU{copies}"
     if layer.sparse:
         dense = [us for name, us in layer.candidates.items() if not is_sparse_way(name)]
         return f"2:4, {min(dense) / layer.us:.2f}× the best dense" if dense and layer.us else "2:4"

@@ -37,7 +37,7 @@ def sizes(text: str) -> tuple[int, ...]:
 @click.option(
     "--report", type=options.PATH, help="GPU: the build report as a page; for several batch sizes a page each, named by the size."
 )
-@click.option("--fallback", is_flag=True, help="GPU: run operators that the engine lacks on the CPU, with ONNX Runtime.")
+@click.option("--fallback", is_flag=True, help="GPU: run operators that the engine lacks with ONNX Runtime on the CPU, and time them.")
 def command(
     onnx: Path,
     out: Path,

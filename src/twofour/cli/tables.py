@@ -7,7 +7,7 @@ from rich.console import Console
 
 from twofour.builder import BuildRecord, Estimate
 from twofour.builder.estimate import H200_ERROR, NETWORKS_ERROR
-from twofour.builder.record import why_winner
+from twofour.builder.record import fallback_cost, why_winner
 from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
 from twofour.pruning import Pruning, Sensitivity
@@ -151,3 +151,5 @@ def print_build(record: BuildRecord, console: Console) -> None:
     console.print(table)
     excess = 100 * (record.peak_bytes / record.bound_bytes - 1) if record.bound_bytes else 0.0
     say(console, str(record), f"memory: {units.bytes_text(record.peak_bytes)}, {excess:.1f} % above the most alive at one step")
+    if cost := fallback_cost(record):
+        say(console, cost)
