@@ -165,6 +165,7 @@ def test_the_report_has_the_time_and_share_of_what_the_cpu_computes(lowered: Low
     assert record.total_us == 48 + others
     found = [layer for layer in record.layers if layer.family == "fallback"]
     assert [(layer.us, layer.copy_us, layer.share) for layer in found] == [(us, us / 4, us / record.total_us) for us in (12.0, 36.0)]
+    assert [(layer.shape, layer.num_bytes, layer.flops) for layer in found] == [("4×64 → 4×64", 2 * 4 * 64 * 4, 0)] * 2
     assert BuildRecord.from_json(json.dumps(record.to_json())) == record
     cost = fallback_cost(record)
     assert (cost.layers, cost.untimed, cost.us, cost.copy_us, cost.share) == (2, 0, 48.0, 12.0, 48 / record.total_us)  # type: ignore[union-attr]

@@ -128,7 +128,7 @@ def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequen
                 call.name,
                 call.kind,
                 call.family,
-                shape_text(call),
+                _shapes_of(call, lowered) if call.family == FALLBACK else shape_text(call),
                 call.flops,
                 call.num_bytes,
                 call.eligible,
@@ -146,6 +146,16 @@ def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequen
             )
         )
     return BuildRecord(model, gpu.name, lowered.batch, lowered.precision, tuple(layers), memory.peak_bytes, memory.bound_bytes)
+
+
+def _shapes_of(call: LayerCall, lowered: Lowered) -> str:
+    """A fallback's inputs and outputs."""
+
+    def text(start: str) -> str:
+        shapes = [lowered.places[place].shape for name, place in call.operands.items() if name.startswith(start)]
+        return ", ".join("×".join(map(str, shape)) or "1" for shape in shapes)
+
+    return f"{text('in')} → {text('d')}"
 
 
 @dataclass(frozen=True)
