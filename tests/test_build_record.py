@@ -72,6 +72,33 @@ def test_a_record_survives_json(record: BuildRecord) -> None:
         BuildRecord.from_json(text.replace('"schema": 1', '"schema": 2'))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("layers", 3, "it.layers is 3, expected a list"),
+        ("us", "fast", "it.layers.us is 'fast', expected float"),
+        ("us", 1e999, "it holds a number outside of 0 to 9223372036854775807"),
+        ("share", float("nan"), "it holds a number outside of 0 to"),
+        ("flops", -1, "it holds a number outside of 0 to"),
+        ("candidates", {"cudnn": "fast"}, "it.layers.candidates.cudnn is 'fast', expected float"),
+        ("left_out", ["cudnn"], r"it.layers.left_out is \['cudnn'\], expected an object"),
+        ("winner", None, "it.layers.winner is None, expected str"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_sentence(field: str, value: object, why: str, record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    (data if field == "layers" else data["layers"][1])[field] = value
+    with pytest.raises(InputError, match=rf"^build record is damaged \({why}.*\); build again$"):
+        BuildRecord.from_json(json.dumps(data))
+
+
+def test_a_record_written_before_copies_were_timed_is_read(record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    for layer in data["layers"]:
+        del layer["copy_us"]
+    assert BuildRecord.from_json(json.dumps(data)) == record
+
+
 def test_the_terminal_table_has_candidates_and_reasons(record: BuildRecord) -> None:
     console = Console(width=500, record=True)
     print_build(record, console)

@@ -1,7 +1,7 @@
 """The build report as data: for every layer what was tried, what won, and how far that is from what the GPU could do."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ from twofour.builder.gpus import Gpu
 from twofour.builder.lower import LayerCall, Lowered
 from twofour.builder.memory import MemoryPlan
 from twofour.errors import InputError
+from twofour.kernels.records import from_plain
 from twofour.plan.program import FALLBACK
 
 SCHEMA = 1
+LARGEST = 2**63 - 1  # of what a record counts
 NO_GRAPH = "An engine with such layers launches its steps one by one, without a CUDA graph."
 
 
@@ -102,11 +104,36 @@ class BuildRecord:
             if data.pop("schema") != SCHEMA:
                 raise InputError(f"build record has another schema, this version reads {SCHEMA}; build again")
             data.pop("total_us")
-            return cls(**{**data, "layers": tuple(LayerRecord(**layer) for layer in data["layers"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"build record is damaged ({error!r}); build again") from error
+        try:
+            record = from_plain(cls, data, "it")
+        except InputError as error:
+            raise InputError(f"build record is damaged ({error}); build again") from error
+        if not all(number is None or 0 <= number <= LARGEST for number in record._numbers()):
+            raise InputError(f"build record is damaged (it holds a number outside of 0 to {LARGEST}); build again")
+        return record
+
+    def _numbers(self) -> Iterator[float | None]:
+        """Every number in the record."""
+        yield from (self.batch, self.peak_bytes, self.bound_bytes)
+        for layer in self.layers:
+            yield from (layer.flops, layer.num_bytes, layer.us, layer.share, layer.roofline_us, layer.over_roofline, layer.copy_us)
+            yield from layer.candidates.values()
+
+
+def records_of(about: Mapping[str, Any]) -> list[BuildRecord]:
+    """Return the build reports that a plan's `about` holds, one a batch size; none where nothing was timed.
+
+    Raises:
+        InputError: what it holds are no build reports.
+    """
+    builds = about.get("builds", [])
+    if not isinstance(builds, list):
+        raise InputError("build record is damaged (the plan's builds are no list); build again")
+    return [BuildRecord.from_json(json.dumps(data)) for data in builds]
 
 
 def roofline_us(call: LayerCall, gpu: Gpu, *, sparse: bool) -> float:
