@@ -1,6 +1,7 @@
 """What ONNX Runtime computes on the CPU within a GPU engine: it gives the network's outputs, and the build report says what it costs."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -165,13 +166,14 @@ def test_the_report_has_the_time_and_share_of_what_the_cpu_computes(lowered: Low
     assert record.total_us == 48 + others
     found = [layer for layer in record.layers if layer.family == "fallback"]
     assert [(layer.us, layer.copy_us, layer.share) for layer in found] == [(us, us / 4, us / record.total_us) for us in (12.0, 36.0)]
-    assert [(layer.shape, layer.num_bytes, layer.flops) for layer in found] == [("4×64 → 4×64", 2 * 4 * 64 * 4, 0)] * 2
+    assert [(layer.shape, layer.num_bytes, layer.over_roofline) for layer in found] == [("4×64 → 4×64", 2 * 4 * 64 * 4, None)] * 2
     assert BuildRecord.from_json(json.dumps(record.to_json())) == record
     cost = fallback_cost(record)
     assert (cost.layers, cost.untimed, cost.us, cost.copy_us, cost.share) == (2, 0, 48.0, 12.0, 48 / record.total_us)  # type: ignore[union-attr]
     console = Console(width=500, record=True)
     print_build(record, console)
     text = console.export_text()
+    assert re.search(r"Softsign_0 +│ 4×64 → 4×64 +│ – +│ 2.05 kB +│ no +│ onnxruntime +│ 12.0 ", text)
     assert "the engine lacks it: ONNX Runtime on the CPU, 9.0 µs of it copies to the host and back" in text
     assert f"computes 2 layers on the CPU: 48.0 µs, {100 * 48 / record.total_us:.1f} % of all layers' time, 12.0 µs of it copies" in text
     page = render_build(record)

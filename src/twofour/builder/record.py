@@ -40,7 +40,8 @@ class LayerRecord:
         eligible, why_not_24: whether a 2:4 kernel could compute it, and why it does not run sparse as it is.
         candidates: microseconds of every tactic that ran. left_out: why the others did not.
         us: the winner's time; None where nothing was timed. share: of all layers' time, in 0…1.
-        roofline_us: the least time the GPU's peak rates allow. over_roofline: us / roofline_us.
+        roofline_us: the least time the GPU's peak rates allow. over_roofline: us / roofline_us;
+            None also for what ONNX Runtime computes, whose arithmetic is not known.
         copy_us: of a layer that ONNX Runtime computes on the CPU, the copies to the host and back within `us`; None for others.
     """
 
@@ -168,7 +169,7 @@ def build_record(model: str, lowered: Lowered, memory: MemoryPlan, timed: Sequen
                 us,
                 us / total if us is not None and total else None,
                 least,
-                us / least if us is not None and least else None,
+                us / least if us is not None and least and call.family != FALLBACK else None,
                 None if found is None else found.copy_us,
             )
         )
