@@ -94,6 +94,16 @@ def test_a_damaged_record_is_refused_in_one_sentence(field: str, value: object, 
         BuildRecord.from_json(json.dumps(data))
 
 
+def test_control_characters_of_a_record_stay_out_of_terminal_and_page(record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    data["model"], data["layers"][0]["name"] = "\x1b[2Jnet", "a\x1b]0;title\x07\x9b1m b\ud800\uffff"
+    data["layers"][1]["left_out"] = {"cudnn\x00": "first line\nsecond"}
+    read = BuildRecord.from_json(json.dumps(data))
+    assert (read.model, read.layers[0].name) == ("?[2Jnet", "a?]0;title??1m b??")
+    assert read.layers[1].left_out == {"cudnn?": "first line\nsecond"}
+    assert "a?]0;title??1m b" in render_build(read)
+
+
 def test_a_record_written_before_copies_were_timed_is_read(record: BuildRecord) -> None:
     data = json.loads(json.dumps(record.to_json()))
     for layer in data["layers"]:

@@ -1,6 +1,7 @@
 """The build report as data: for every layer what was tried, what won, and how far that is from what the GPU could do."""
 
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,7 +102,7 @@ class BuildRecord:
             InputError: the text is no such record.
         """
         try:
-            data = json.loads(text)
+            data = _without_controls(json.loads(text))
             if data.pop("schema") != SCHEMA:
                 raise InputError(f"build record has another schema, this version reads {SCHEMA}; build again")
             data.pop("total_us")
@@ -123,6 +124,15 @@ class BuildRecord:
         for layer in self.layers:
             yield from (layer.flops, layer.num_bytes, layer.us, layer.share, layer.roofline_us, layer.over_roofline, layer.copy_us)
             yield from layer.candidates.values()
+
+
+def _without_controls(data: Any) -> Any:
+    """JSON values whose strings have `?` for controls, halves and non-characters: a terminal would obey them, a page cannot hold them."""
+    if isinstance(data, str):
+        return "".join("?" if unicodedata.category(c) in ("Cc", "Cs", "Cn") and c != "\n" else c for c in data)
+    if isinstance(data, list):
+        return [_without_controls(item) for item in data]
+    return {_without_controls(key): _without_controls(item) for key, item in data.items()} if isinstance(data, dict) else data
 
 
 def records_of(about: Mapping[str, Any]) -> list[BuildRecord]:
