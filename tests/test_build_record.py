@@ -278,6 +278,7 @@ def test_the_page_of_one_batch_size_has_the_plans_name(plan_file: Path, record: 
         (["old.plan"], "report: plan 'old.plan': build record is damaged (the plan's builds are no list); build again"),
         (["net.onnx"], "plan 'net.onnx' is damaged, or was never one"),
         (["page.html"], "output 'page.html' is the input, expected another name; nothing is overwritten"),
+        (["two-9.html", "--out", "two.html"], "output 'two-9.html' is the input, expected another name; nothing is overwritten"),
         ([".", "--json"], "report: --json prints the build report of a plan, expected a plan; the record of a run is its report.json"),
     ],
 )
@@ -286,6 +287,7 @@ def test_what_has_no_build_report_is_said(arguments: list[str], sentence: str, p
     twofour.build("net.onnx").save("cpu.plan")
     replace(plan(), about={"builds": 3}).save("old.plan")
     replace(plan(), about={"builds": [record.to_json()]}).save("page.html")
+    Path("two-9.html").write_bytes(plan_file.read_bytes())
     before = {path: path.read_bytes() for path in Path().iterdir()}
     result = CliRunner().invoke(command_line, ["report", *arguments])
     assert isinstance(result.exception, InputError)

@@ -70,7 +70,7 @@ def _report_plan(path: Path, out: Path | None, as_json: bool) -> None:
     from twofour.cli.console import make_console, say
     from twofour.cli.tables import print_build
     from twofour.errors import InputError
-    from twofour.files import refuse_same
+    from twofour.files import refuse_same, require_writable
     from twofour.plan import Plan
     from twofour.report.build_page import page_names, write_build
 
@@ -85,8 +85,10 @@ def _report_plan(path: Path, out: Path | None, as_json: bool) -> None:
             "on a GPU (--device cuda)"
         )
     pages = page_names(records, out or path.with_suffix(".html"))
-    for record, page in zip(records, pages, strict=True):
+    for page in pages:
         refuse_same(page, path)
+        require_writable(page)
+    for record, page in zip(records, pages, strict=True):
         write_build(record, page)
     if as_json:
         click.echo(json.dumps([record.to_json() for record in records], indent=1))
