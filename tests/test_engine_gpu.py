@@ -1,5 +1,6 @@
 """Whole networks through build, plan and runtime on a real GPU, against ONNX Runtime in float32 (`pytest -m gpu`)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_engine_assemble import NETWORKS, ROUNDING
 from test_import_walls import BLOCKER
 
 import twofour
+from twofour.builder import BuildRecord
 from twofour.builder.build import build
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
 from twofour.errors import UnsupportedError
@@ -115,6 +117,24 @@ def test_channels_of_small_scales_keep_their_digits(cache: Path, tmp_path: Path)
     found = np.asarray(twofour.load(path.with_suffix(".plan"))(x))
     # Two layers round; each channel by its own size.
     assert np.all(np.abs(found - wanted).max(0) <= 8 * ROUNDING["fp16"] * np.sqrt(2) * np.abs(wanted).max(0))
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_what_the_cpu_computes_is_in_the_build_report_with_its_copies(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    weight = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32) / 32
+    body = "a = Softsign(x) b = MatMul(a, w) c = Relu(b) d = Softsign(c) y = Relu(d)"
+    model = text_model("float[N,1024] x", body, "float[N,1024] y", w=weight)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    plan = check(path, (2, 4096), (1, 2, 4096), "fp16", cache, fallback=True)
+    small, large = (BuildRecord.from_json(json.dumps(data)) for data in plan.about["builds"])
+    for record in (small, large):
+        hosted = [layer for layer in record.layers if layer.family == "fallback"]
+        assert len(hosted) == 2
+        assert all(0 < (layer.copy_us or 0) < (layer.us or 0) for layer in hosted)
+        assert sum(layer.share or 0 for layer in record.layers) == pytest.approx(1.0)
+    # 16 MiB there and 16 MiB back; no link between a host and a GPU is faster than 450 GB/s a direction.
+    assert all((layer.copy_us or 0) > 2 * 2**24 / 450e3 for layer in large.layers if layer.family == "fallback")
 
 
 def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def build(
         sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
         tactics: on a GPU, `all`, or `ours` for a plan that needs nothing but the driver.
         timing_cache: a file of earlier choices on a GPU, extended.
-        fallback: run operators that the GPU engine lacks with ONNX Runtime.
+        fallback: run operators that the GPU engine lacks with ONNX Runtime; the records say what that costs.
         progress: called with layers timed, layers, and the layer's name.
 
     Raises:

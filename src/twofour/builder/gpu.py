@@ -19,6 +19,7 @@ from twofour.builder.record import BuildRecord, Timed, build_record
 from twofour.builder.specs import spec_of
 from twofour.builder.tactics.bench import Bench, upload
 from twofour.builder.tactics.chosen import Chosen, choose_all
+from twofour.builder.tactics.hosted import time_fallbacks
 from twofour.builder.tactics.ways import weight_for
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.exchange.inspect import parse_onnx_file
@@ -100,14 +101,15 @@ def build_gpu(
     for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
         if sparsity == "force":
             lowered = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        hosted = time_fallbacks(lowered, bench, progress)
         chosen = choose_all(
             lowered.calls, sparsity=sparsity, tactics=tactics, cache=timing_cache, device=device, progress=progress, bench=bench
         )
         prepared = [bench.prepare(choice.way) for choice in chosen]
         programs.append(assembler.program(lowered, memory, chosen, prepared, _made_on_gpu(lowered, chosen, prepared)))
-        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"])))
+        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"]), hosted))
         needs |= {choice.way.library: _version(choice.way.library, launch) for choice, launch in zip(chosen, prepared, strict=True)}
-        if any(call.family == "fallback" for call in lowered.calls):
+        if hosted:
             needs["onnxruntime"] = _version("onnxruntime", None)
     about: dict[str, Any] = {
         "twofour": __version__,
@@ -168,10 +170,11 @@ def measure_gain(
     found = []
     for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
         pruned = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        hosted = time_fallbacks(lowered, bench, progress)
         pair = []
         for network, sparsity in ((lowered, "off"), (pruned, "auto")):
             chosen = choose_all(network.calls, sparsity=sparsity, cache=timing_cache, device=device, progress=progress, bench=bench)
-            pair.append(record_of(path.name, network, memory, chosen, gpu))
+            pair.append(record_of(path.name, network, memory, chosen, gpu, hosted))
         found.append((pair[0], pair[1]))
     return found
 
@@ -193,13 +196,15 @@ def _made_on_gpu(lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[
     return found
 
 
-def record_of(name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu) -> BuildRecord:
-    """Return the build report of one batch size."""
-    made = iter(chosen)
+def record_of(
+    name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu, hosted: Sequence[Timed] = ()
+) -> BuildRecord:
+    """Return the build report of one batch size; `chosen` holds the layers that the GPU computes, `hosted` the others."""
+    made, others = iter(chosen), iter(hosted)
     timed: list[Timed | None] = []
     for call in lowered.calls:
         if call.family == "fallback":
-            timed.append(None)
+            timed.append(next(others))
             continue
         choice = next(made)
         timed.append(Timed(str(choice.way), choice.times_us, choice.left_out, choice.way.is_sparse))

@@ -13,7 +13,7 @@ from twofour.cli.build import sizes
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Only this GPU, layer by layer; all in one table by default.")
 @click.option("--batch", metavar="N,N,…", help="Batch sizes; by default the one that ONNX was exported for, else 1,32.")
 @click.option("--precision", default="fp16", show_default=True, help="fp16 or bf16.")
-@click.option("--fallback", is_flag=True, help="Leave operators that the engine lacks out of the sum.")
+@click.option("--fallback", is_flag=True, help="Operators that the engine lacks: timed with ONNX Runtime, left out of predictions.")
 @click.option("--predict", is_flag=True, help="Predict also where a GPU is at hand to measure on.")
 @click.option("--timing-cache", type=options.PATH, help="File in which a measurement's timings are kept and found.")
 @options.json_option
