@@ -91,17 +91,17 @@ def gpu_bytes() -> int:
 
 def record_of(path: Path | None) -> dict[str, Any]:
     """Return what earlier parts left in the file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {"parts": []}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {"rows": []}
     return found
 
 
 def joined(record: dict[str, Any], part: dict[str, Any], minutes: float) -> dict[str, Any]:
     """Return the record with a further part: passed once the minutes are full, every part passed and all found the same results."""
-    parts = [*record["parts"], part]
+    parts = [*record["rows"], part]
     total = sum(one["minutes"] for one in parts)
     alike = all(one["results"] == parts[0]["results"] for one in parts)
     sums = {"minutes": round(total, 2), "calls": sum(one["calls"] for one in parts), "results_alike": alike}
-    return {**record, **sums, "passed": all(one["passed"] for one in parts) and alike and total >= minutes, "parts": parts}
+    return {**record, **sums, "passed": all(one["passed"] for one in parts) and alike and total >= minutes, "rows": parts}
 
 
 def digest_of(outputs: tuple[torch.Tensor, ...]) -> str:
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the parts are kept")
     options = parser.parse_args()
     record = record_of(options.json)
-    missing = options.minutes - sum(part["minutes"] for part in record["parts"])
+    missing = options.minutes - sum(part["minutes"] for part in record["rows"])
     seconds = 60 * max(0.0, missing if options.part is None else min(options.part, missing))
     plan = Plan.load(options.plan)
     soak = Soak(twofour.load(options.plan), [int(b) for b in options.batches.split(",")], options.pause / 1e3)
@@ -172,7 +172,7 @@ def main() -> None:
             found = {**joined(record_of(options.json), part, options.minutes), **head}
             write_text(options.json, json.dumps(found, indent=1) + "\n")
         verdict = "passed" if found["passed"] else "not passed yet"
-        say(f"{found['minutes']:.1f} of {options.minutes:g} min in {len(found['parts'])} parts: {verdict}")
+        say(f"{found['minutes']:.1f} of {options.minutes:g} min in {len(found['rows'])} parts: {verdict}")
     sys.exit(0 if ok else 1)
 
 

@@ -19,12 +19,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from arms import CONTROL, Arm, Data, Experiment
 from fleet import OutOfTimeError, Recipe, leave_default_stream
-from ledger import Record, add_arguments, add_training_arguments, command_of, deadline, rows_of, shared_over_gpus
+from ledger import Record, add_arguments, add_training_arguments, best, command_of, deadline, rows_of, shared_over_gpus
 from networks import NETWORKS, dense_network, program_of
 
 from twofour.pruning.methods import METHODS
@@ -52,16 +51,20 @@ def arms_of(recipe: Recipe, orders: Sequence[str], search: bool) -> list[Arm]:
 
 
 def best_of(path: Path, base: Recipe) -> Recipe:
-    """Return `base` with learning rate, distillation and method of the 2:4 arm that a search found most accurate on its held-out images."""
+    """Return `base` with learning rate, distillation and method that a search found best on its held-out images (`ledger.best`)."""
     values: dict[tuple[float, float, str], list[float]] = {}
+    controls: dict[tuple[float, float, str], list[float]] = {}
     for row in rows_of(path):
         recipe = row["recipe"]
-        if recipe and row["variant"] != CONTROL and "test" not in row["data"]:
-            method = SEARCHED if row["variant"] == f"2:4, {SEARCHED}" else recipe["method"]
-            values.setdefault((recipe["lr"], recipe["distill"], method), []).append(row["value"])
+        if not recipe or "test" in row["data"]:
+            continue
+        searched = row["variant"] == f"2:4, {SEARCHED}"
+        for method in (recipe["method"], SEARCHED) if row["variant"] == CONTROL else (SEARCHED if searched else recipe["method"],):
+            found = controls if row["variant"] == CONTROL else values
+            found.setdefault((recipe["lr"], recipe["distill"], method), []).append(row["value"])
     if not values:
         raise SystemExit(f"{path} holds no 2:4 row judged on held-out images, expected those of --search; run it first")
-    lr, distill, method = max(values, key=lambda key: fmean(values[key]))
+    lr, distill, method = best(values, controls)
     log.info("best of %s: lr %g, distillation %g, %s", path, lr, distill, method)
     return replace(base, lr=lr, distill=distill, method=method)
 

@@ -21,14 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from arms import CONTROL
 from filelock import FileLock
 from fleet import leave_default_stream
-from ledger import Record, add_arguments, command_of, deadline, rows_of, shared_over_gpus
+from ledger import Record, add_arguments, best, command_of, deadline, rows_of, shared_over_gpus
 from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
@@ -330,14 +329,16 @@ def recipes(search: bool, base: Recipe, task: str) -> list[Recipe]:
 
 
 def best_of(path: Path, base: Recipe, metric: str) -> Recipe:
-    """Return `base` with learning rate and weights of the losses of the 2:4 arm that a search found best on dev."""
-    values: dict[tuple[float, float, float], list[float]] = {}
+    """Return `base` with learning rate and weights of the losses that a search found best on dev (`ledger.best`)."""
+    values: dict[tuple[float, ...], list[float]] = {}
+    controls: dict[tuple[float, ...], list[float]] = {}
     for row in rows_of(path):
-        if row["variant"] == "2:4" and "test" not in row["data"] and row["metric"] == metric:
-            values.setdefault(tuple(row["recipe"][name] for name in ("lr", "labels", "distill")), []).append(row["value"])  # type: ignore[arg-type]
+        if row["variant"] in ("2:4", CONTROL) and "test" not in row["data"] and row["metric"] == metric:
+            key = tuple(row["recipe"][name] for name in ("lr", "labels", "distill"))
+            (values if row["variant"] == "2:4" else controls).setdefault(key, []).append(row["value"])
     if not values:
         raise SystemExit(f"{path} holds no 2:4 row judged on dev, expected those of --search; run it first")
-    lr, labels, distill = max(values, key=lambda key: fmean(values[key]))
+    lr, labels, distill = best(values, controls)
     return replace(base, lr=lr, labels=labels, distill=distill)
 
 

@@ -447,9 +447,9 @@ def note_machine(path: Path) -> None:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """Return the command that measures the same: without its folders, and without how the work was cut into parts."""
+    """Return the command that measures the same, but for `--nets` (`engine_rows.add`): without folders, and how it was cut into parts."""
     words = ["python", "evidence/engine.py", options.out.name]
-    for name in ("nets", "batches", "precisions"):
+    for name in ("batches", "precisions"):
         chosen = getattr(options, name)
         if chosen and chosen != ["fp16"]:
             words += [f"--{name}", *map(str, chosen)]

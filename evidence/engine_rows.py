@@ -149,11 +149,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def add(path: Path, head: Mapping[str, Any], new: Sequence[dict[str, Any]]) -> None:
-    """Write new rows into the file at once, aside and renamed; several processes may do so."""
+    """Write new rows into the file at once, aside and renamed; several processes may do so.
+
+    The head's command gets the networks of all rows, since parts of one measurement name one each.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = merged(read(path)["rows"], new)
-        value = {"schema": SCHEMA, "kind": "engine", **head, "summary": summary(rows), "rows": rows}
+        nets = list(dict.fromkeys(row["net"] for row in rows))
+        command = head["command"] if set(nets) == set(NETWORKS) else f"{head['command']} --nets {' '.join(nets)}"
+        value = {"schema": SCHEMA, "kind": "engine", **head, "command": command, "summary": summary(rows), "rows": rows}
         write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -2,19 +2,17 @@
 
     python evidence/estimate_layers.py results/nvidia-h200/conv.json [--batches 256 64]
 
-Needs neither GPU nor torch. A layer's measured time is the faster of ours and cuDNN's, which an engine takes. Our kernels apply every
-activation, so a layer is predicted without the pass that `estimate` adds for one that a library lacks. Layers count as often as their
-network has them. A constant is shown as it is and with the value whose mean |log(predicted / measured)| is least; for depthwise layers also
-where the arithmetic adds to the memory's time, instead of the longer of both being taken. `estimate_networks.py --layers` prints the same.
+Needs neither GPU nor torch. A layer's measured time is the faster of ours and cuDNN's, which an engine takes. Layers count as often as
+their network has them. A constant is shown as it is and with the value whose mean |log(predicted / measured)| is least.
+`estimate_networks.py --layers` prints the same.
 """
 
 import argparse
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from twofour.kernels.conv.contract import Problem
 
 estimate: Any = importlib.import_module("twofour.builder.estimate")  # the package's name of it is the function's
 Row = dict[str, Any]
-Predict = Callable[[Problem, Gpu], float]
 SHARES = [0.005 * 1.02**i for i in range(190)]  # of the dense peak
 CHANNELS = [float(n) for n in range(8, 257)]
 
@@ -44,24 +41,13 @@ def constant(name: str, value: float) -> Iterator[None]:
 
 
 def predicted_us(p: Problem, gpu: Gpu) -> float:
-    """Return what `estimate` predicts for a layer, the activation included in its kernel."""
-    plain = replace(p, epilogue=replace(p.epilogue, activation="none"))
-    call = LayerCall("", "Conv", "conv", plain, {}, flops=p.flops, num_bytes=p.num_bytes)
+    """Return what `estimate` predicts for a layer."""
+    call = LayerCall("", "Conv", "conv", p, {}, flops=p.flops, num_bytes=p.num_bytes)
     return float(estimate.estimate_layer(call, gpu).dense_us)
 
 
-def added_us(p: Problem, gpu: Gpu) -> float:
-    """Return the prediction of a depthwise layer whose arithmetic adds to the memory's time."""
-    share = estimate.DEPTHWISE_SHARE
-    with constant("DEPTHWISE_SHARE", math.inf):
-        return predicted_us(p, gpu) + float(p.flops / (gpu.dense_tflops * share * 1e6))
-
-
-# family: what is fitted to it, among which values, by which prediction.
-FITS: dict[str, list[tuple[str, list[float], Predict]]] = {
-    "grouped": [("LEAST_GROUP", CHANNELS, predicted_us)],
-    "depthwise": [("DEPTHWISE_SHARE", SHARES, predicted_us), ("DEPTHWISE_SHARE", SHARES, added_us)],
-}
+# family: what is fitted to it, among which values.
+FITS = {"grouped": ("LEAST_GROUP", CHANNELS), "depthwise": ("DEPTHWISE_SHARE", SHARES)}
 
 
 def measured_us(row: Row) -> float:
@@ -69,18 +55,18 @@ def measured_us(row: Row) -> float:
     return min(float(us) for us in (row["ours_dense_us"], row["cudnn_us"]) if us is not None)
 
 
-def off(rows: Sequence[Row], gpu: Gpu, predict: Predict) -> float:
+def off(rows: Sequence[Row], gpu: Gpu) -> float:
     """Return the mean of |log(predicted / measured)|, layers by their count."""
-    logs = [row["count"] * abs(math.log(predict(conv_rows.problem_of(row), gpu) / measured_us(row))) for row in rows]
+    logs = [row["count"] * abs(math.log(predicted_us(conv_rows.problem_of(row), gpu) / measured_us(row))) for row in rows]
     return float(sum(logs) / sum(row["count"] for row in rows))
 
 
-def fitted(rows: Sequence[Row], gpu: Gpu, name: str, values: Sequence[float], predict: Predict) -> tuple[float, float]:
+def fitted(rows: Sequence[Row], gpu: Gpu, name: str, values: Sequence[float]) -> tuple[float, float]:
     """Return the value of a constant that comes closest to rows, and how far it is off."""
 
     def at(value: float) -> float:
         with constant(name, value):
-            return off(rows, gpu, predict)
+            return off(rows, gpu)
 
     best = min(values, key=at)
     return best, at(best)
@@ -89,20 +75,18 @@ def fitted(rows: Sequence[Row], gpu: Gpu, name: str, values: Sequence[float], pr
 def report(path: Path, batches: Sequence[int]) -> Iterator[str]:
     """Give a line a layer and a line a constant."""
     rows = [row for row in conv_rows.read(path)["rows"] if row["batch"] in batches]
-    for family, fits in FITS.items():
+    for family, (name, values) in FITS.items():
         chosen = [row for row in rows if row["family"] == family]
         if not chosen:
             continue
         gpu = next(gpu for name, gpu in GPUS.items() if name in chosen[0]["machine"]["gpu"].split())
         for row in chosen:
             p, us = conv_rows.problem_of(row), measured_us(row)
-            ratios = ", ".join(f"{predict(p, gpu) / us:.2f}" for _, _, predict in fits)
             shape = f"{p.kernel[0]}x{p.kernel[1]}/{p.strides[0]}, {p.inputs} in {p.groups} groups at {p.height}, batch {p.batch}"
-            yield f"{row['net']} {shape}: measured {us:.1f} us, predicted over measured {ratios}"
-        for name, values, predict in fits:
-            best, error = fitted(chosen, gpu, name, values, predict)
-            now, way = off(chosen, gpu, predict), ", added" * (predict is added_us)
-            yield f"{family}{way}: {name} = {getattr(estimate, name):g} is off by {now:.3f}, {best:.4g} by {error:.3f} (mean |log|)"
+            yield f"{row['net']} {shape}: measured {us:.1f} us, predicted over measured {predicted_us(p, gpu) / us:.2f}"
+        best, error = fitted(chosen, gpu, name, values)
+        now = off(chosen, gpu)
+        yield f"{family}: {name} = {getattr(estimate, name):g} is off by {now:.3f}, {best:.4g} by {error:.3f} (mean |log|)"
 
 
 def main() -> None:

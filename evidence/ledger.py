@@ -12,10 +12,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 from accuracy_oneshot import sources_digest
@@ -24,6 +25,7 @@ import twofour
 from twofour.files import write_text
 
 Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 KEY = ("experiment", "net", "data", "variant", "seed", "recipe")
 
 
@@ -90,6 +92,14 @@ class Record:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.own += [{**row, "date": now} for row in rows if not self.has(row)]
         write(self.path, union(self.earlier, self.own) if self.path == self.out else self.own, self.command)
+
+
+def best(arms: Mapping[Key, Sequence[float]], controls: Mapping[Key, Sequence[float]]) -> Key:
+    """Return the key whose 2:4 networks or whose control, whichever is worse, reach most on average; of equal ones that of the better 2:4.
+
+    A recipe under which the dense network itself falls makes no fair control, whatever its 2:4 network reaches.
+    """
+    return max(arms, key=lambda key: (min(fmean(arms[key]), fmean(controls.get(key, arms[key]))), fmean(arms[key])))
 
 
 def part(out: Path, i: int, n: int) -> Path:

@@ -133,13 +133,29 @@ def seconds_of(recorded: dict[str, Any]) -> str:
     return "; ".join(f"{net} on {' and '.join(machines)}" for net, machines in nets.items())
 
 
+def memory_scatter(recorded: dict[str, Any]) -> str:
+    """Return what the memory is and how far apart it came out for the two methods that hold the same; nothing where both are missing."""
+    peaks = {
+        (row["net"], row["method"]): row["peak_bytes"]
+        for row in recorded["rows"]
+        if row["method"] and not row["permuted"] and row["seed"] is None
+    }
+    apart = [abs(peak - peaks[net, "ria"]) for (net, method), peak in peaks.items() if method == "wanda" and (net, "ria") in peaks]
+    if not apart:
+        return ""
+    return (
+        " Memory: resident at its peak above where it began, with what the allocator keeps of memory given back; `wanda` and `ria`, which "
+        f"hold the same, lie up to {max(apart) / 2**20:.0f} MiB apart."
+    )
+
+
 def methods_tables() -> str:
     """Return the tables of every network recorded, and where they were measured."""
     recorded = current()
     nets = dict.fromkeys(row["net"] for row in recorded["rows"])
     seconds = f" CPU seconds, one thread: {seconds_of(recorded)}." if recorded["rows"] else ""
     calibration = "; ".join(f"{name}: {text}" for name, text in recorded["calibration"].items() if isinstance(text, str))
-    told = f"Calibration: {calibration}.{seconds} {recorded['date']}; `{recorded['command']}`."
+    told = f"Calibration: {calibration}.{seconds}{memory_scatter(recorded)} {recorded['date']}; `{recorded['command']}`."
     left = [f"Not measured with the code of today: {'; '.join(missing(recorded))}."] if missing(recorded) else []
     return "\n\n".join(filter(None, [*(network_table(net, recorded) for net in nets), *retrained_table(recorded), *left, told]))
 
@@ -255,7 +271,8 @@ def advice() -> str:
         "give what the old statistics describe, and 2,000 images give poorer ones. `prune` does what helps by default; "
         "`reestimate=True` measures it on your network.",
         "**Memory or time is short, or weights must keep their values** (adapters, a merge with other checkpoints): `wanda` or `ria`. "
-        "They need one number per input instead of a matrix, and take little more than a pass over the data.",
+        "They take little more than a pass over the data, and need one number per input instead of a matrix. That saves memory where "
+        "layers are wide; in small networks of images the activations of one batch outweigh all the matrices.",
     ]
     return "\n".join(
         textwrap.fill(f"- {text}", 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for text in paragraphs

@@ -1,4 +1,4 @@
-"""Writes the tables in README.md and docs/engine.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
+"""Writes the tables in README.md, docs/engine.md and docs/training.md from results/: `python scripts/readme.py [runs/demo/report.json]`.
 
 With a report it first records its accuracy in results/cpu/accuracy-demo.json. Rows whose sources have changed since are left out.
 """
@@ -23,8 +23,11 @@ sys.path.insert(0, str(ROOT / "evidence"))
 import engine_rows  # noqa: E402
 
 DEMO = ROOT / "results" / "cpu" / "accuracy-demo.json"
+ONESHOT = DEMO.with_name("accuracy-oneshot.json")
 GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
 ENGINE = ROOT / "results" / "nvidia-h200" / "engine.json"
+MAIN_JOB = ENGINE.with_name("main-job.json")
+AGREEMENT, SOAK = ENGINE.with_name("engine-agreement.json"), ENGINE.with_name("engine-soak.json")
 TOKENS = {"512 tokens": lambda n: n == 512, "2,048 tokens and more": lambda n: n >= 2048}
 
 
@@ -99,15 +102,82 @@ def engine_page_table() -> str:
     return engine_rows.full_table(engine_rows.read(ENGINE), sources_digests())
 
 
+def agreement_table() -> str:
+    """Return how often engines and torch in float32 predict the same, as Markdown; a sentence when these kernels were not compared."""
+    recorded = read(AGREEMENT) if AGREEMENT.is_file() else {"rows": [], "sources_digests": None}
+    if recorded["sources_digests"] != sources_digests():
+        return "No comparison of the present kernels is recorded."
+    found = {(row["net"], row["variant"], row["precision"]): row for row in recorded["rows"]}
+    kinds = list(dict.fromkeys((variant, precision) for _, variant, precision in found))
+    lines = [
+        "| network | torch fp32, % right: dense, 2:4 | " + " | ".join(f"{variant}, {precision}" for variant, precision in kinds) + " |"
+    ]
+    lines.append("|---" * (2 + len(kinds)) + "|")
+    for net in dict.fromkeys(net for net, _, _ in found):
+        rows = [found.get((net, *kind)) for kind in kinds]
+        cells = [f"{row['agreement_percent']:.2f} %" if row else "–" for row in rows]
+        right = ", ".join(dict.fromkeys(f"{row['torch_fp32_percent']:.2f}" for row in rows if row))
+        lines.append(f"| {net} | {right} | {' | '.join(cells)} |")
+    images = ", ".join(dict.fromkeys(f"{row['images']:,}" for row in recorded["rows"]))
+    where = f"{recorded['machine']['gpu']}, torch {recorded['machine']['torch']}; {recorded['date'][:10]}; `{recorded['command']}`"
+    return "\n".join([*lines, "", f"{images} images each; {where}."])
+
+
+def soak_line() -> str:
+    """Return what the soak found, or a sentence when these kernels did not run it."""
+    recorded = read(SOAK) if SOAK.is_file() else {"sources": None}
+    if recorded["sources"] != sources_digests():
+        return "No soak of the present kernels is recorded."
+    parts = recorded["rows"]
+    gpu, host = (max(part["growth"][name] for part in parts) for name in ("gpu_bytes", "host_bytes"))
+    wrong = sum(len(part["wrong"]) for part in parts)
+    batches, alike = recorded["batches"].replace(",", ", "), "none" if recorded["results_alike"] else "some"
+    return (
+        f"{recorded['minutes']:.1f} minutes in {len(parts)} processes, {recorded['calls']:,} calls by {recorded['threads']} threads with"
+        f" batches of {batches}: {wrong} results differ, between processes {alike}; largest growth of a process {gpu:,} bytes on the GPU,"
+        f" {host / 1e6:.1f} MB on the host. {recorded['machine']['gpu']}; {recorded['date'][:10]}; `{recorded['command']}`."
+    )
+
+
+def main_job_table() -> str:
+    """Return what `compress` reported on a GPU as Markdown: what the engine ran on, checks, accuracy."""
+    recorded = read(MAIN_JOB)
+    lines = ["| command | engine | checks passed | 2:4, dense with the same training, % |", "|---" * 4 + "|"]
+    for row in recorded["rows"]:
+        failed = [name for name, passed in row["checks"].items() if not passed]
+        passed = f"{len(row['checks']) - len(failed)} of {len(row['checks'])}" + f" (not: {', '.join(failed)})" * bool(failed)
+        accuracy = ", ".join(f"{row['accuracy'][variant]:.1f}" for variant in ("2:4", "dense + same training"))
+        engine = f"{row['backend']}, {'with' if row['sparse_kernels'] else 'without'} sparse kernels"
+        lines.append(f"| `{row['command']}` | {engine} | {passed} | {accuracy} |")
+    return "\n".join([*lines, "", f"{recorded['machine']['gpu']}; {recorded['date'][:10]}; `{recorded['command']}`."])
+
+
+def oneshot_table() -> str:
+    """Return what pruning by magnitude alone costs, batch-norm as it was and re-estimated, as Markdown."""
+    values = {(row["net"], row["variant"]): row["value"] for row in read(ONESHOT)["rows"]}
+    variants = ("dense", "2:4 one-shot", "2:4 one-shot, batch-norm re-estimated")
+    lines = ["| network | dense | 2:4 one-shot | with `calibration` |", "|---|---|---|---|"]
+    for net in dict.fromkeys(net for net, _ in values):
+        lines.append(f"| {net} | {' | '.join(f'{values[net, variant]:.2f} %' for variant in variants)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "gemm": gemm_table, "engine": engine_table}
-PAGE_TABLES: dict[str, Callable[[], str]] = {"engine": engine_page_table}
+PAGE_TABLES: dict[str, Callable[[], str]] = {
+    "engine": engine_page_table,
+    "agreement": agreement_table,
+    "soak": soak_line,
+    "main job": main_job_table,
+}
+TRAINING_TABLES: dict[str, Callable[[], str]] = {"one-shot": oneshot_table}
 
 
 def main() -> None:
     """Record a report if one is given, then write the tables."""
     if len(sys.argv) > 1:
         record(Report.load(sys.argv[1]))
-    for path, tables in ((ROOT / "README.md", TABLES), (ROOT / "docs" / "engine.md", PAGE_TABLES)):
+    docs = ROOT / "docs"
+    for path, tables in ((ROOT / "README.md", TABLES), (docs / "engine.md", PAGE_TABLES), (docs / "training.md", TRAINING_TABLES)):
         write_text(path, filled(path.read_text(encoding="utf-8"), tables))
 
 

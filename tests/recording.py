@@ -18,6 +18,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, help="write the outcome as JSON to this file")
+    parser.addoption("--under", default="", help="the command that this run is a child of, such as a memory checker, for the record")
 
 
 def rows_of(reporter: Any) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "kind": "tests",
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["pytest", *[a for a in sys.argv[1:] if not a.startswith("/")]]),
+        "command": " ".join([*session.config.getoption("--under").split(), "pytest", *[a for a in sys.argv[1:] if not a.startswith("/")]]),
         "sources_digest": sources_digests()["gemm"],
         "sources_digests": sources_digests(),
         "rows": rows_of(session.config.pluginmanager.get_plugin("terminalreporter")),

@@ -1,6 +1,7 @@
 """The build report: what was tried, what won and why, in JSON, in the terminal and as a page; and `build` up to the GPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from graphs import imported, network
+from plan_samples import plan
 from rich.console import Console
 
 import twofour
@@ -72,6 +74,43 @@ def test_a_record_survives_json(record: BuildRecord) -> None:
         BuildRecord.from_json(text.replace('"schema": 1', '"schema": 2'))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("layers", 3, "it.layers is 3, expected a list"),
+        ("us", "fast", "it.layers.us is 'fast', expected float"),
+        ("us", 1e999, "it holds a number outside of 0 to 9223372036854775807"),
+        ("share", float("nan"), "it holds a number outside of 0 to"),
+        ("flops", -1, "it holds a number outside of 0 to"),
+        ("candidates", {"cudnn": "fast"}, "it.layers.candidates.cudnn is 'fast', expected float"),
+        ("left_out", ["cudnn"], r"it.layers.left_out is \['cudnn'\], expected an object"),
+        ("winner", None, "it.layers.winner is None, expected str"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_sentence(field: str, value: object, why: str, record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    (data if field == "layers" else data["layers"][1])[field] = value
+    with pytest.raises(InputError, match=rf"^build record is damaged \({why}.*\); build again$"):
+        BuildRecord.from_json(json.dumps(data))
+
+
+def test_control_characters_of_a_record_stay_out_of_terminal_and_page(record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    data["model"], data["layers"][0]["name"] = "\x1b[2Jnet", "a\x1b]0;title\x07\x9b1m b\ud800\uffff"
+    data["layers"][1]["left_out"] = {"cudnn\x00": "first line\nsecond"}
+    read = BuildRecord.from_json(json.dumps(data))
+    assert (read.model, read.layers[0].name) == ("?[2Jnet", "a?]0;title??1m b??")
+    assert read.layers[1].left_out == {"cudnn?": "first line\nsecond"}
+    assert "a?]0;title??1m b" in render_build(read)
+
+
+def test_a_record_written_before_copies_were_timed_is_read(record: BuildRecord) -> None:
+    data = json.loads(json.dumps(record.to_json()))
+    for layer in data["layers"]:
+        del layer["copy_us"]
+    assert BuildRecord.from_json(json.dumps(data)) == record
+
+
 def test_the_terminal_table_has_candidates_and_reasons(record: BuildRecord) -> None:
     console = Console(width=500, record=True)
     print_build(record, console)
@@ -89,6 +128,8 @@ def test_the_page_shows_every_layer_and_a_chart(record: BuildRecord) -> None:
     assert all(layer.shape in page for layer in record.layers)
     assert "grouped convolution (2 groups)" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    # A plan keeps its objects sorted by name: what is shown does not depend on that.
+    assert page == render_build(BuildRecord.from_json(json.dumps(record.to_json(), sort_keys=True)))
     hostile = build_hostile(record)
     assert "<script>alert" not in render_build(hostile)
 
@@ -174,14 +215,84 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
 
 def test_the_command_prints_every_batch_size_and_writes_its_page(tmp_path: Path, record: BuildRecord) -> None:
     about = {"builds": [record.to_json(), {**record.to_json(), "batch": 9}], "sparse_kernels": True, "note": "the accuracy is gone"}
-    plan = SimpleNamespace(about=about, save=lambda path: Path(path).write_text("plan"), __str__=lambda: "plan")
+    made = SimpleNamespace(about=about, save=lambda path: Path(path).write_text("plan"), __str__=lambda: "plan")
     arguments = ["build", "net.onnx", "-o", str(tmp_path / "net.plan"), "--device", "cuda", "--precision", "fp16"]
-    with patch("twofour.builder.build", return_value=plan):
+    with patch("twofour.builder.build", return_value=made):
         result = CliRunner().invoke(command_line, [*arguments, "--report", str(tmp_path / "page.html")], catch_exceptions=False)
     assert result.exit_code == 0
     assert result.output.count(record.layers[0].name) >= 2
     assert "the accuracy is gone" in result.output
+    assert [Path(line).name for line in result.output.splitlines()[-3:-1]] == [f"page-{record.batch}.html", "page-9.html"]
     assert sorted(p.name for p in tmp_path.glob("*.html")) == sorted([f"page-{record.batch}.html", "page-9.html"])
+
+
+def test_a_build_prints_its_report_as_json(tmp_path: Path, record: BuildRecord) -> None:
+    about = {"builds": [record.to_json()], "sparse_kernels": True, "note": "the accuracy is gone"}
+    made = SimpleNamespace(about=about, save=lambda path: None)
+    arguments = ["build", "net.onnx", "-o", str(tmp_path / "p"), "--device", "cuda", "--json"]
+    with patch("twofour.builder.build", return_value=made):
+        result = CliRunner().invoke(command_line, arguments, catch_exceptions=False)
+    assert json.loads(result.stdout) == json.loads(json.dumps([record.to_json()]))
+    assert result.stderr == "the accuracy is gone\n"
+    refused = CliRunner().invoke(command_line, [*arguments[:4], "--json"])
+    assert "build: --json shows what was timed on a GPU, expected --device cuda; leave it out" in str(refused.exception)
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, record: BuildRecord, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plan for the batch sizes 4 and 9 in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    replace(plan(), about={"builds": [record.to_json(), {**record.to_json(), "batch": 9}]}).save("net.plan")
+    return Path("net.plan")
+
+
+def test_the_report_of_a_plan_is_its_build_report(plan_file: Path, record: BuildRecord) -> None:
+    shown = CliRunner().invoke(command_line, ["report", "net.plan"], env={"COLUMNS": "400"}, catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert shown.output.splitlines()[-2:] == ["net-4.html", "net-9.html"]
+    assert shown.output.count("twofour:2:4:128 4.0; cublaslt:0 5.0; cusparselt: needs tokens by 8") >= 2
+    assert Path("net-4.html").read_text(encoding="utf-8") == render_build(record)
+    printed = CliRunner().invoke(command_line, ["report", "net.plan", "--json", "--out", "other.html"], catch_exceptions=False)
+    assert [BuildRecord.from_json(json.dumps(data)) for data in json.loads(printed.output)] == [record, replace(record, batch=9)]
+    assert sorted(str(p) for p in Path().glob("*.html")) == ["net-4.html", "net-9.html", "other-4.html", "other-9.html"]
+
+
+def test_the_page_of_one_batch_size_has_the_plans_name(plan_file: Path, record: BuildRecord) -> None:
+    replace(plan(), about={"builds": [record.to_json()]}).save("one")
+    shown = CliRunner().invoke(command_line, ["report", "one"], catch_exceptions=False)
+    assert shown.output.splitlines()[-1] == "one.html"
+    assert Path("one.html").read_text(encoding="utf-8") == render_build(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.plan"], "plan 'none.plan' does not exist"),
+        (["net.plan", "run"], "report: 'net.plan' is a plan, expected it alone; plans are not compared"),
+        (["net.plan", "--out", "net.plan"], "report: --out 'net.plan' does not end with .html"),
+        (["net.plan", "--out", "none/a.html"], "file 'none/a-4.html' cannot be written: its folder does not exist; make it first"),
+        (
+            ["cpu.plan"],
+            "report: plan 'cpu.plan' was built for 'cpu' and has no build report, expected one that twofour build timed on a GPU",
+        ),
+        (["old.plan"], "report: plan 'old.plan': build record is damaged (the plan's builds are no list); build again"),
+        (["net.onnx"], "plan 'net.onnx' is damaged, or was never one"),
+        (["page.html"], "output 'page.html' is the input, expected another name; nothing is overwritten"),
+        (["two-9.html", "--out", "two.html"], "output 'two-9.html' is the input, expected another name; nothing is overwritten"),
+        ([".", "--json"], "report: --json prints the build report of a plan, expected a plan; the record of a run is its report.json"),
+    ],
+)
+def test_what_has_no_build_report_is_said(arguments: list[str], sentence: str, plan_file: Path, record: BuildRecord) -> None:
+    onnx.save(network("mobilenet_v2"), "net.onnx")
+    twofour.build("net.onnx").save("cpu.plan")
+    replace(plan(), about={"builds": 3}).save("old.plan")
+    replace(plan(), about={"builds": [record.to_json()]}).save("page.html")
+    Path("two-9.html").write_bytes(plan_file.read_bytes())
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    result = CliRunner().invoke(command_line, ["report", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert sentence in str(result.exception)
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 def test_a_page_of_a_build_for_the_cpu_is_refused(tmp_path: Path) -> None:

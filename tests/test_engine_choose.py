@@ -162,7 +162,7 @@ def test_layers_that_nothing_computes_are_all_named() -> None:
 def test_only_our_kernels_are_timed_where_that_is_asked(no_gpu: list[Trial]) -> None:
     found = run(FakeBench(lambda way: 1.0), linear(), tactics="ours")[0]
     assert all(name.startswith("twofour") for name in found.times_us)
-    with pytest.raises(UnsupportedError, match=r"1 layers cannot be computed with tactics 'ours': conv"):
+    with pytest.raises(UnsupportedError, match=r"1 layer cannot be computed with tactics 'ours': conv"):
         run(FakeBench(lambda way: 1.0), convolution(), tactics="ours")
     assert not no_gpu
 

@@ -71,7 +71,7 @@ def test_new_rows_take_the_place_of_old_ones_in_the_file_of_several_writers(rows
         ("ResNet-50", "2:4", 1.5),
         ("ViT-B/16", "2:4", 2.0),
     ]
-    assert (stored["kind"], stored["date"], stored["command"]) == ("engine", "2027", "d")
+    assert (stored["kind"], stored["date"], stored["command"]) == ("engine", "2027", "d --nets ResNet-50 ViT-B/16")
     assert [entry["time_24_over_off"] for entry in stored["summary"]] == [0.5, None]
     assert rows.read(path) == stored
     assert rows.read(tmp_path / "none.json")["rows"] == []
@@ -178,7 +178,7 @@ def test_a_group_that_fails_or_comes_too_late_is_not_lost(engine: ModuleType, tm
 def test_the_recorded_command_names_what_was_measured_and_no_folder(engine: ModuleType) -> None:
     asked: dict[str, Any] = {"out": Path("/home/me/engine.json"), "work": Path("/home/me/work"), "minutes": 4.5, "no_peer": False}
     options = SimpleNamespace(**asked, nets=["ViT-B/16"], batches=[8, 16], precisions=["fp16"])
-    assert engine.command_of(options) == "python evidence/engine.py engine.json --nets ViT-B/16 --batches 8 16"
+    assert engine.command_of(options) == "python evidence/engine.py engine.json --batches 8 16"
     options = SimpleNamespace(**asked | {"no_peer": True}, nets=[], batches=[], precisions=["bf16"])
     assert engine.command_of(options) == "python evidence/engine.py engine.json --precisions bf16 --no-peer"
 
@@ -226,7 +226,7 @@ def test_a_soak_in_parts_passes_when_the_minutes_are_full_and_results_alike() ->
         assert not record.get("passed", False)
         record = soak.joined(record, part, 30.0)
     assert record["passed"]
-    assert (record["minutes"], record["calls"], len(record["parts"])) == (30.0, 15, 3)
+    assert (record["minutes"], record["calls"], len(record["rows"])) == (30.0, 15, 3)
     assert not soak.joined(record, part | {"results": {"1": "b"}}, 30.0)["passed"]
     assert not soak.joined(record, part | {"passed": False}, 30.0)["passed"]
 

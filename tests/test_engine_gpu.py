@@ -1,5 +1,9 @@
 """Whole networks through build, plan and runtime on a real GPU, against ONNX Runtime in float32 (`pytest -m gpu`)."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +15,14 @@ import onnxruntime
 import pytest
 from graphs import network, text_model
 from test_engine_assemble import NETWORKS, ROUNDING
+from test_import_walls import BLOCKER
 
 import twofour
+from twofour.builder import BuildRecord
 from twofour.builder.build import build
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.errors import UnsupportedError
+from twofour.report.measure import batches_of
 
 pytestmark = pytest.mark.gpu
 
@@ -91,8 +99,83 @@ def test_odd_images_and_ragged_channels(size: tuple[int, int], cache: Path, tmp_
     check(path, (1, 4), (1, 2, 5, 9), "fp16", cache)
 
 
+def small_scales() -> onnx.ModelProto:
+    """Two layers and one scale a channel from 1e-3 to 1e-7: folded, few weights would keep their digits in fp16."""
+    rng = np.random.default_rng(0)
+    weights = {name: (0.1 * rng.standard_normal((96, 96))).astype(np.float32) for name in ("w1", "w2")}
+    weights |= {"s": np.logspace(-3, -7, 96, dtype=np.float32)}
+    return text_model("float[N,96] x", "a = MatMul(x, w1) b = Relu(a) c = MatMul(b, w2) y = Mul(c, s)", "float[N,96] y", **weights)
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_channels_of_small_scales_keep_their_digits(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(small_scales()), path)
+    check(path, (16,), (16,), "fp16", cache)
+    x = np.random.default_rng(0).standard_normal((16, 96)).astype(np.float32)
+    (wanted,) = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    found = np.asarray(twofour.load(path.with_suffix(".plan"))(x))
+    # Two layers round; each channel by its own size.
+    assert np.all(np.abs(found - wanted).max(0) <= 8 * ROUNDING["fp16"] * np.sqrt(2) * np.abs(wanted).max(0))
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_what_the_cpu_computes_is_in_the_build_report_with_its_copies(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    weight = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32) / 32
+    body = "a = Softsign(x) b = MatMul(a, w) c = Relu(b) d = Softsign(c) y = Relu(d)"
+    model = text_model("float[N,1024] x", body, "float[N,1024] y", w=weight)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    plan = check(path, (2, 4096), (1, 2, 4096), "fp16", cache, fallback=True)
+    small, large = (BuildRecord.from_json(json.dumps(data)) for data in plan.about["builds"])
+    for record in (small, large):
+        hosted = [layer for layer in record.layers if layer.family == "fallback"]
+        assert len(hosted) == 2
+        assert all(0 < (layer.copy_us or 0) < (layer.us or 0) for layer in hosted)
+        assert sum(layer.share or 0 for layer in record.layers) == pytest.approx(1.0)
+    # 16 MiB there and 16 MiB back; no link between a host and a GPU is faster than 450 GB/s a direction.
+    assert all((layer.copy_us or 0) > 2 * 2**24 / 450e3 for layer in large.layers if layer.family == "fallback")
+
+
 def test_forced_zeros_are_said_loudly(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(network("mlp_mixer"), path)
     plan = build(path, batch=(2,), precision="fp16", device="cuda", sparsity="force", timing_cache=cache)
     assert "the accuracy of this engine is gone" in plan.about["note"]
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_with_our_tactics_alone_an_engine_needs_only_the_driver(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("mlp_mixer"), path)
+    plan = check(path, (1, 4), (1, 2, 4, 5), "fp16", cache, tactics="ours")
+    assert not plan.needs
+    assert {step.library for program in plan.programs for step in program.steps} == {"twofour"}
+    # Neither a library of NVIDIA's nor a compiler can be found where the plan runs.
+    kept = '{"torch", "onnx", "onnx_ir", "onnxscript"}'
+    code = BLOCKER.replace(kept, '{"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "nvmath", "cudnn"}') + (
+        f"import numpy as np, twofour\ne = twofour.load({str(path.with_suffix('.plan'))!r})\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, e(np.load({str(tmp_path / 'x.npy')!r})))\n"
+    )
+    shape = tuple(3 if size is None else size for size in plan.inputs[0].shape)
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    environment = {**os.environ, "TWOFOUR_NO_COMPILE": "1", "TWOFOUR_CACHE_DIR": str(tmp_path / "empty")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert np.array_equal(np.load(tmp_path / "y.npy"), np.asarray(twofour.load(plan)(x)))
+
+
+def test_our_tactics_alone_are_refused_by_name_where_they_do_not_cover_a_network(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(network("resnet"), path)
+    with pytest.raises(UnsupportedError, match=r"\d+ layers cannot be computed with tactics 'ours': "):
+        build(path, batch=(1,), precision="fp16", device="cuda", tactics="ours", timing_cache=cache)
+
+
+def test_a_fixed_batch_is_built_without_naming_it(tmp_path: Path) -> None:
+    model = text_model("float[4,64] x", "y = MatMul(x, w)", w=2 * np.eye(64, dtype=np.float32))
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    onnx.save(model, tmp_path / "model.onnx")
+    plan = build(tmp_path / "model.onnx", device="cuda", tactics="ours")
+    assert (plan.batches, batches_of({"plan": plan})) == ((4,), (4,))
+    assert np.array_equal(twofour.load(plan)(np.ones((4, 64), np.float32)), np.full((4, 64), 2, np.float32))

@@ -24,7 +24,7 @@ from twofour.builder.estimate import (
 from twofour.builder.gpus import GPUS, gpu_named
 from twofour.builder.lower import LayerCall
 from twofour.cli.group import twofour as command_line
-from twofour.errors import InputError
+from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -63,14 +63,13 @@ def test_a_constant_that_made_the_measured_times_is_found_again() -> None:
     script = load_script("estimate_layers", "evidence")
     rows = json.loads((RESULTS / "nvidia-h200" / "conv.json").read_text())["rows"]
     layers = [row for row in rows if row["net"] == "ConvNeXt-B" and row["batch"] == 256]  # bound by arithmetic
-    (name, values, longer), (_, _, added) = script.FITS["depthwise"]
+    name, values = script.FITS["depthwise"]
     share, h200 = script.estimate.DEPTHWISE_SHARE, GPUS["H200"]
-    for predict in (longer, added):
-        with script.constant(name, 0.03):
-            made = [row | {"ours_dense_us": predict(script.conv_rows.problem_of(row), h200), "cudnn_us": 1e9} for row in layers]
-        best, error = script.fitted(made, h200, name, values[::2], predict)
-        assert best == pytest.approx(0.03, rel=0.03)
-        assert error < 0.03 < script.off(made, h200, predict)
+    with script.constant(name, 0.03):
+        made = [row | {"ours_dense_us": script.predicted_us(script.conv_rows.problem_of(row), h200), "cudnn_us": 1e9} for row in layers]
+    best, error = script.fitted(made, h200, name, values[::2])
+    assert best == pytest.approx(0.03, rel=0.03)
+    assert error < 0.03 < script.off(made, h200)
     assert share == script.estimate.DEPTHWISE_SHARE
     found = list(script.report(RESULTS / "nvidia-h200" / "conv.json", (64,)))
     assert len(found) == 8, "seven grouped layers and their constant"
@@ -144,6 +143,19 @@ def test_every_layer_of_a_network_has_a_time_and_a_reason(tmp_path: Path) -> Non
     assert predictions[2].dense_us > predictions[0].dense_us
 
 
+def test_the_function_and_the_command_predict_the_same_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(text_model("float[N,64] x", "y = MatMul(x, w)", w=np.ones((64, 64), np.float32)), path)
+    printed = CliRunner().invoke(command_line, ["estimate", str(path), "--gpu", "H200", "--predict", "--json"])
+    assert json.loads(printed.output) == [one.to_json() for one in estimate(path, gpus="H200")]
+
+
+def test_one_name_is_one_gpu(linear: Path) -> None:
+    assert [one.gpu for one in estimate(linear, gpus="h200", batch=1)] == ["H200"]
+    with pytest.raises(InputError, match="GPU '' is not in the table, expected one of A100"):
+        estimate(linear, gpus="")
+
+
 def test_no_batch_is_refused(linear: Path) -> None:
     with pytest.raises(InputError, match="no batch size is given, expected at least one"):
         estimate(linear, batch=())
@@ -166,6 +178,13 @@ def test_what_a_fallback_leaves_out_of_the_sum_is_said(tmp_path: Path) -> None:
     onnx.save(text_model("float[N,64] x", "a = Softsign(x) y = MatMul(a, w)", w=np.ones((64, 64), np.float32)), path)
     table = CliRunner().invoke(command_line, ["estimate", str(path), "--fallback"], env={"COLUMNS": "200"})
     assert "Not in these times: Softsign_0, which ONNX Runtime would compute on the CPU." in table.output
+
+
+def test_a_network_without_a_layer_of_ours_is_not_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(text_model("float[N,64] x", "y = Softsign(x)"), path)
+    with pytest.raises(UnsupportedError, match=r"has none of the operators of .*, expected one; run it with ONNX Runtime"):
+        estimate(path, fallback=True)
 
 
 @pytest.mark.parametrize("batch", ["0", "2147483648", "99999999999999999999"])

@@ -55,14 +55,15 @@ def test_the_pages_are_those_of_the_results(script: ModuleType, name: str) -> No
     assert script.filled(page, script.TABLES[name]) == page, "run: python scripts/evidence.py"
 
 
-def made_up(experiment: str, data: str) -> dict[str, Any]:
-    recipe = {"epochs": 40, "batch": 512, "lr": 0.2, "distill": 0.0}
+def made_up(experiment: str, data: str, *, lr: float = 0.2, day: str = "2026-01-02", better: float = 0.0) -> dict[str, Any]:
+    recipe = {"epochs": 40, "batch": 512, "lr": lr, "distill": 0.0}
     head = {"experiment": experiment, "net": "ResNet-20", "data": data, "metric": "accuracy"}
     rows = [{**head, "variant": "dense", "seed": None, "recipe": None, "value": 91.73}]
     rows += [{**head, "variant": "2:4 one-shot, magnitude", "seed": None, "recipe": None, "value": 71.2}]
     for seed, (control, sparse, wanda) in enumerate([(91.8, 91.6, 91.5), (91.9, 91.8, 91.9)]):
         for variant, value in (("dense + same training", control), ("2:4", sparse), ("2:4, wanda", wanda)):
-            rows.append({**head, "variant": variant, "seed": seed, "recipe": recipe, "value": value, "gpu_seconds": 30.0})
+            measured = {"value": value + better, "gpu_seconds": 30.0, "date": f"{day}T00:00:00"}
+            rows.append({**head, "variant": variant, "seed": seed, "recipe": recipe, **measured})
     return {"machine": {"gpu": "H200"}, "date": "2026-01-02T00:00:00", "command": "python x", "rows": rows}
 
 
@@ -89,6 +90,23 @@ def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_
     assert "| H200 | 3.0 | 6 | 2026-01-02 | `python x` |" in script.runs_table()
     script.draw(tmp_path / "plot.svg")
     assert "ResNet-20, CIFAR-10 test" in (tmp_path / "plot.svg").read_text()
+
+
+def test_of_two_recipes_the_one_measured_last_is_shown_not_the_better_on_the_test_set(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    folder = tmp_path / "results" / "gpu"
+    folder.mkdir(parents=True)
+    first, second = (
+        made_up("retraining", "CIFAR-10 test", lr=0.2, better=1.0),
+        made_up("retraining", "CIFAR-10 test", lr=0.06, day="2026-01-03"),
+    )
+    (folder / "accuracy-a.json").write_text(json.dumps({**first, "rows": [*first["rows"], *second["rows"][2:]]}))
+    assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 |" in script.short_table()
+    assert {"lr 0.2)", "lr 0.06)"} == {
+        line.split("512, ")[1].split(" |")[0] for line in script.summary_table().splitlines() if "512, " in line
+    }
 
 
 def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(
@@ -243,7 +261,11 @@ def test_the_best_recipe_is_that_of_the_held_out_images(tmp_path: Path) -> None:
         (0.2, "2:4, alps", held_out, (90.9, 90.5)),
         (0.3, "2:4", held_out, (91.0, 90.0)),
         (0.4, "2:4", test, (99.0, 99.0)),
+        (0.2, accuracy_cifar.CONTROL, held_out, (90.6, 90.8)),
         (0.5, accuracy_cifar.CONTROL, held_out, (99.0, 99.0)),
+        # The dense network falls under it, so it is no comparison.
+        (0.6, "2:4", held_out, (91.0, 91.2)),
+        (0.6, accuracy_cifar.CONTROL, held_out, (82.0, 81.8)),
     ):
         recipe = {"lr": lr, "distill": lr / 2, "method": "magnitude"}
         rows += [{"variant": variant, "data": data, "seed": s, "recipe": recipe, "value": v} for s, v in enumerate(values)]

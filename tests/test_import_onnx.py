@@ -1,6 +1,8 @@
 """Import: what opset and shapes are taken, what the sentences say, and the fallback for operators the engine lacks."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,12 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from lowered_run import run_lowered
 
+import twofour
 from twofour.builder import passes
 from twofour.builder.evaluate import evaluate, largest_difference, random_inputs
 from twofour.builder.lower import Front, lower
 from twofour.builder.passes.fallback import Fallbacks
-from twofour.errors import InputError, UnsupportedError, VerificationError
+from twofour.errors import InputError, TwofourError, UnsupportedError, VerificationError
 from twofour.exchange.importer import import_graph
+
+ESCAPE = "\x1b[2J"  # clears a screen
 
 
 @pytest.mark.parametrize("opset", [13, 18, 24])
@@ -52,12 +57,14 @@ def test_every_floating_type_becomes_fp32() -> None:
 
 
 def test_a_fixed_batch_and_dynamic_axes_are_refused() -> None:
-    with pytest.raises(InputError, match="was exported for batches of 4, batch 3 was asked for; export it with a dynamic batch"):
+    with pytest.raises(InputError, match="exported for batches of 4, batch 3 was asked for; ask for 4, or export it with a dynamic batch"):
         imported(text_model("float[4,3] x", "y = Relu(x)"), batch=3)
     with pytest.raises(
         UnsupportedError, match=r"input 'x' of 'test' has the dynamic axis 1 \(M\); only the batch \(axis 0\) may be dynamic"
     ):
         imported(text_model("float[N,M] x", "y = Relu(x)"))
+    with pytest.raises(InputError, match=r"input 'x' of 'test' is empty, its shape is \[2, 0\]; export the model with real sizes"):
+        imported(text_model("float[N,0] x", "y = Relu(x)"))
     with pytest.raises(InputError, match="batch is 0, expected 1 to 2147483647"):
         imported(text_model("float[N,3] x", "y = Relu(x)"), batch=0)
 
@@ -74,6 +81,8 @@ def test_all_operators_we_lack_are_listed_with_their_nodes() -> None:
 
 
 def test_a_form_we_lack_says_which() -> None:
+    with pytest.raises(UnsupportedError, match="'test' has 1 node with operators that the engine lacks: Softsign"):
+        small("float[2,3] x", "y = Softsign(x)")
     with pytest.raises(UnsupportedError, match=r"Resize with mode cubic \(Resize_0\)"):
         small("float[1,2,4,4] x", 'y = Resize <mode="cubic"> (x, , , s)', s=np.array([1, 2, 8, 8], np.int64))
     with pytest.raises(UnsupportedError, match=r"Conv with its weight is computed at run time \(Conv_0\)"):
@@ -210,6 +219,33 @@ def test_outputs_that_nothing_computes_and_inputs_of_text_are_refused() -> None:
         small("string[2,4] x", "y = Identity(x)", "string[] y")
 
 
+def hostile(change: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:
+    """A model of one operator that we lack and one that we have, with an escape sequence where `change` puts one."""
+    proto = text_model("float[N,8] x", "a = Softsign(x) y = Relu(a)")
+    proto.graph.output[0].type.CopyFrom(proto.graph.input[0].type)
+    change(proto)
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("change", "work", "message"),
+    [
+        (lambda m: setattr(m.graph.node[0], "name", ESCAPE), twofour.estimate, r"Softsign (?[2J)"),
+        (lambda m: setattr(m.graph.node[0], "domain", f"my{ESCAPE}"), twofour.estimate, "my?[2J.Softsign"),
+        (lambda m: setattr(m.graph.node[0], "op_type", f"My{ESCAPE}"), twofour.build, "My?[2J"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_param", ESCAPE), twofour.estimate, "dynamic axis 1 (?[2J)"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_param", ESCAPE), twofour.build, "dynamic axis 1 (?[2J)"),
+        (lambda m: m.graph.initializer.add(name=ESCAPE, data_type=99) and setattr(m.graph, "name", ESCAPE), twofour.inspect, "?[2J"),
+    ],
+)
+def test_control_characters_of_a_file_stay_out_of_the_terminal(tmp_path: Path, change: Any, work: Any, message: str) -> None:
+    onnx.save(hostile(change), tmp_path / "m.onnx")
+    with pytest.raises(TwofourError) as caught:
+        work(tmp_path / "m.onnx")
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable(), "a terminal would obey it"
+
+
 def test_what_not_even_fallback_runs_is_refused() -> None:
     proto = text_model("float[2,4] x", "a = NonZero(x) y = Cast <to=1> (a)")
     with pytest.raises(
@@ -219,7 +255,11 @@ def test_what_not_even_fallback_runs_is_refused() -> None:
         imported(proto, fallback=True)
     proto = text_model("float[2,4] x", "y = Relu(x)")
     proto.graph.node[0].domain = "my"
-    with pytest.raises(UnsupportedError, match=r"1 nodes that fallback cannot run either: my.Relu \(Relu_0\)"):
+    with pytest.raises(UnsupportedError, match=r"has 1 node that fallback cannot run either: my.Relu \(Relu_0\)"):
+        imported(proto, fallback=True)
+    branches = "<then_branch = t () => (float[2,4] p) { p = Neg(a) }, else_branch = e () => (float[2,4] q) { q = Abs(a) }>"
+    proto = text_model("float[2,4] x, bool c", f"a = Relu(x) y = If (c) {branches}", "float[2,4] y")
+    with pytest.raises(UnsupportedError, match=r"cannot run either: If \(If_1\), which holds a graph of its own"):
         imported(proto, fallback=True)
 
 

@@ -290,7 +290,7 @@ for number, trial in enumerate(request["trials"]):
     for plan in range(request["start"][1] if number == request["start"][0] else 0, 4):
         say(trial=number, begin=plan)
         say(waiting=True)
-        if plan == 2 and trial["most"] == 5: os._exit(9)
+        if plan == 2 and trial["most"] == 5: print("no such instruction", file=sys.stderr, flush=True); os._exit(9)
         if plan == 3 and trial["most"] == 6: os.abort()
         say(trial=number, plan=plan, us=10.0 - plan, error="refused" if plan == 1 else "")
 say(done=True)
@@ -306,7 +306,7 @@ def test_a_plan_that_ends_its_process_is_left_out_and_the_others_go_on(processes
     trials = [untrusted.Trial("conv", PROBLEM, most=most) for most in (5, 1, 6)]
     first, second, third = untrusted.try_plans(trials)
     assert first.times_us == {0: 10.0, 3: 7.0}
-    assert first.left_out == {1: "refused", 2: "it ended its process (exit code 9)"}
+    assert first.left_out == {1: "refused", 2: "it ended its process (exit code 9: no such instruction)"}
     assert first.best(1) == [3]
     assert (second.times_us, second.reason) == ({}, "no plan fits")
     assert third.times_us == {0: 10.0, 2: 8.0}
@@ -398,6 +398,17 @@ def test_cusparselt_searches_the_bare_product(monkeypatch: pytest.MonkeyPatch) -
     tryer.cusparselt(0, asked, 0, 2)
     assert made == [(asked, None), (dataclasses.replace(asked, epilogue=E()), None), (asked, 42)]
     assert [answer["plan"] for answer in said if "plan" in answer] == [-1, 42]
+
+
+def test_what_ends_the_context_names_its_algorithm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(untrusted, "_context_lives", lambda: False)
+    monkeypatch.setattr(untrusted.os, "_exit", left.append)
+    with untrusted._told(0, untrusted.SEARCH) as answer:
+        answer["plan"] = 16392
+        raise UnsupportedError("no such instruction")
+    assert left == [untrusted.BROKEN]
+    assert caplog.messages == ["algorithm 16392: no such instruction"]
 
 
 def test_requests_survive_the_pipe() -> None:

@@ -27,8 +27,8 @@ def test_files_are_measured_side_by_side(sparse_onnx: Path, tmp_path: Path) -> N
     ("things", "batch", "message"),
     [
         ("none.onnx", (1,), "measure: file 'none.onnx' does not exist"),
-        ({}, (1,), "0 things at batch"),
-        ("none.onnx", (0,), r"1 things at batch \[0\]"),
+        ({}, (1,), "no plan or ONNX file is given, expected at least one"),
+        ("none.onnx", (), "no batch size is given, expected at least one"),
         (["a.onnx", "a.onnx"], (1,), "two of the files are the same"),
     ],
 )

@@ -168,6 +168,15 @@ def test_cpu_seconds_name_the_machines_of_the_rows_they_come_from(script: Module
     assert script.seconds_of(recorded) == "A on two, torch 2.13; B on one, torch 2.13 and two, torch 2.13"
 
 
+def test_memory_is_told_with_its_scatter(script: ModuleType) -> None:
+    def row(net: str, method: str, mib: int, permuted: bool = False, seed: int | None = None) -> dict[str, Any]:
+        return {"net": net, "method": method, "permuted": permuted, "seed": seed, "peak_bytes": mib << 20}
+
+    rows = [row("A", "wanda", 100), row("A", "ria", 340), row("A", "ria", 900, permuted=True), row("A", "alps", 2000), row("B", "wanda", 1)]
+    assert script.memory_scatter({"rows": rows}).endswith("`wanda` and `ria`, which hold the same, lie up to 240 MiB apart.")
+    assert script.memory_scatter({"rows": rows[2:]}) == ""
+
+
 def test_every_row_names_its_machine_and_retrained_ones_that_of_their_device(script: ModuleType) -> None:
     rows = script.read(script.METHODS)["rows"]
     assert all(row["machine"].keys() == {"cpu", "cores", "torch"} for row in rows)

@@ -1,8 +1,10 @@
 """Every pass: the smallest graph that fires, the smallest that must not, the same outputs before and after, by the oracle."""
 
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,7 +14,7 @@ from lowered_run import check_footprints, run_lowered
 from twofour.builder import passes
 from twofour.builder.evaluate import evaluate, largest_difference, random_inputs
 from twofour.builder.graph import attribute, constant_of
-from twofour.builder.lower import lower
+from twofour.builder.lower import Lowered, lower
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import program_of
 from twofour.errors import InputError, UnsupportedError, VerificationError
@@ -38,6 +40,11 @@ def i(*values: int) -> Any:
 
 def f(value: float) -> Any:
     return np.array(value, np.float32)
+
+
+def pass_of(kind: type[Rewrite]) -> Rewrite:
+    """A pass as the pipeline for fp16 has it."""
+    return next(step for step in passes.pipeline("fp16") if type(step) is kind)
 
 
 def before(step: type[Rewrite], model: ir.Model) -> ir.Model:
@@ -346,7 +353,7 @@ CASES: dict[str, tuple[type[Rewrite], Case, list[str], Case]] = {
 def test_a_pass_fires_on_its_smallest_graph(name: str) -> None:
     step, (inputs, body, constants), wanted, _ = CASES[name]
     model = before(step, small(inputs, body, **constants))
-    made = passes.Precision("fp16") if step is passes.Precision else step()
+    made = pass_of(step)
     if name != "constant folding":
         assert applied(made, model)
     assert kinds(model) == wanted
@@ -359,7 +366,7 @@ def test_a_pass_leaves_alone_what_is_not_its_own(name: str) -> None:
     outputs = "int64[] y" if inputs.startswith("int64") else "float[] y"
     model = before(step, small(inputs, body, outputs, **constants))
     was = kinds(model)
-    assert not applied(passes.Precision("fp16") if step is passes.Precision else step(), model, EXACT)
+    assert not applied(pass_of(step), model, EXACT)
     assert kinds(model) == was
 
 
@@ -420,13 +427,13 @@ def test_folding_keeps_the_zeros_of_a_pruned_weight() -> None:
 
 def test_a_batch_norm_with_another_reader_between_is_spelled_out() -> None:
     model = small(IMAGE, "a = Conv <pads=[1,1,1,1]> (x, w) b = BatchNormalization(a, s, s, s, s) y = Add(a, b)", w=W33, s=V4)
-    assert applied(passes.BatchNorms(), model)
+    assert applied(passes.BatchNorms("fp16"), model)
     assert kinds(model) == ["Conv", "Mul", "Add", "Add"]
 
 
 def test_of_two_layers_the_later_takes_the_sum() -> None:
     model = before(passes.Epilogues, small(ROWS, "a = MatMul(x, w) b = MatMul(x, u) c = Add(a, b) y = Relu(c)", w=M48, u=normal(4, 8)))
-    assert applied(passes.Epilogues(), model)
+    assert applied(passes.Epilogues("fp16"), model)
     last = list(model.graph)[-1]
     assert attribute(last, "activation") == "relu"
     assert last.inputs[3] is next(iter(model.graph)).outputs[0]
@@ -534,7 +541,7 @@ def test_a_pass_left_out_is_noticed() -> None:
     with pytest.raises(
         VerificationError, match="node 'BatchNormalization_0' is still BatchNormalization, expected it to be rewritten before"
     ):
-        passes.BatchNorms()(small("float[2,4,3,3] x, float[4] s", "y = BatchNormalization(x, s, s, s, s)"))
+        passes.BatchNorms("fp16")(small("float[2,4,3,3] x, float[4] s", "y = BatchNormalization(x, s, s, s, s)"))
 
 
 def test_an_unknown_precision_is_refused() -> None:
@@ -574,3 +581,92 @@ def test_a_shortcut_beside_a_grouped_convolution_stays() -> None:
         made = small(inputs, body.replace("Conv(x, d)", f"Conv <group={groups}> (x, d)"), d=normal(8, 8 // groups, 1, 1), **weights)
         model = before(passes.MergeShortcuts, made)
         assert applied(passes.MergeShortcuts(), model) == (groups == 1)
+
+
+W64, WIDE = normal(64, 8) * np.float32(0.02), "float[16,64] x"
+COLUMN = W64.T[:, :, None, None].copy()
+NORM = "BatchNormalization <epsilon=0.0> (a, s, t, z, o)"
+ROUNDING = {"fp16": (np.float16, 2.0**-11), "bf16": (ml_dtypes.bfloat16, 2.0**-8)}
+
+
+def rounded(lowered: Lowered) -> Lowered:
+    """Layers whose weights are as a GPU reads them."""
+    kind = ROUNDING[lowered.precision][0]
+    calls = [replace(c, weight=None if c.weight is None else c.weight.astype(kind).astype(np.float32)) for c in lowered.calls]
+    return replace(lowered, calls=tuple(calls))
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize(
+    ("inputs", "body", "axis"),
+    [
+        (WIDE, "a = MatMul(x, w) y = Mul(a, s)", 1),
+        (WIDE, "a = MatMul(x, w) y = Div(a, d)", 1),
+        ("float[2,8,64] x", "a = MatMul(x, w) b = Transpose <perm=[0,2,1]> (a) y = Mul(b, c)", 1),
+        ("float[2,64,2,4] x", f"a = Conv(x, k) y = {NORM}", 1),
+    ],
+    ids=["Mul", "Div", "behind a transpose", "batch norm"],
+)
+def test_a_scale_costs_an_output_no_more_than_rounding_the_weight(inputs: str, body: str, axis: int, size: float, precision: str) -> None:
+    scale, zeros = size * V4.repeat(2), np.zeros(8, np.float32)
+    constants = {"w": W64, "k": COLUMN, "s": scale, "d": 1 / scale, "c": scale[:, None], "t": zeros, "z": zeros, "o": zeros + 1}
+    model = small(inputs, body, **constants)
+    feeds = random_inputs(model)
+    wanted = np.moveaxis(evaluate(model, feeds)["y"], axis, -1)
+    lowered = lower(passes.prepare(model, precision), wanted.shape[0], precision)
+    found = np.moveaxis(run_lowered(rounded(lowered), feeds)["y"], axis, -1)
+    # A row v that rounding changes by d changes its output by at most |d| |x|; |d| is at most u |v| for numbers with all their digits, and
+    # as much again for the others.
+    x = np.linalg.norm(feeds["x"].astype(np.float64), axis=1 if "Conv" in body else -1)[..., None]
+    row = np.linalg.norm(W64.astype(np.float64) * scale, axis=0)
+    assert np.all(np.abs(found - wanted) <= 2 * ROUNDING[precision][1] * row * x)
+    apart = [call for call in lowered.calls if call.kind == "Pointwise"]
+    assert bool(apart) == (precision == "fp16" and size < 1e-2), "only what would lose digits stays apart"
+    (weight,) = [call.weight for call in lowered.calls if call.weight is not None]
+    sizes = np.linalg.norm(weight.reshape(8, -1), axis=1)
+    assert not apart or np.all((sizes > 0.49) & (sizes < 1.01)), "what is multiplied later fits where the inputs do"
+
+
+def one(value: float) -> Any:
+    """A factor for one of eight channels, 1 for the others."""
+    return np.array([1, 1, 1, value, 1, 1, 1, 1], np.float32)
+
+
+TO_LINEAR, TO_OUTPUT = " p = MatMul(y0, m) y = Relu(p)", " y = Relu(y0)"
+DEPTHWISE = " q = Conv <group=8> (y0, g) y = Relu(q)"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body", "scale", "folds"),
+    [
+        (WIDE, "a = MatMul(x, w) y0 = Mul(a, s)" + TO_OUTPUT, one(0), True),  # nothing is left to lose
+        (WIDE, "a = MatMul(x, w) y0 = Mul(a, s)" + TO_OUTPUT, one(1e-6), False),
+        (WIDE, "a = MatMul(x, w) y0 = Mul(a, s)" + TO_LINEAR, one(1e-6), True),  # lost beside its neighbours
+        (WIDE, "a = MatMul(x, w) y0 = Mul(a, s)" + TO_LINEAR, one(1) * np.float32(1e-6), False),
+        (WIDE, "a = MatMul(x, w) y0 = Mul(a, s)" + TO_LINEAR, one(1) * np.float32(1e-8), True),  # nearly zero, as the output is
+        (WIDE + ", float[16,8] r", "a = MatMul(x, w) b = Mul(a, s) y0 = Add(b, r)" + TO_LINEAR, one(1) * np.float32(1e-6), False),
+        (WIDE, "a = MatMul(x, v) y0 = Mul(a, s)" + TO_OUTPUT, one(2), True),  # the weight alone is too small
+        (WIDE, "a = MatMul(x, v) y0 = Mul(a, s)" + TO_OUTPUT, one(1e-3), False),
+        ("float[2,64,2,4] x", f"a = Conv(x, k) y0 = {NORM}" + TO_OUTPUT, one(1e-6), False),
+        ("float[2,64,2,4] x", f"a = Conv(x, k) y0 = {NORM.replace(' t,', ' h,')}" + TO_OUTPUT, one(1e-6), True),  # lost beside the bias
+        ("float[2,64,2,4] x", f"a = Conv(x, k) y0 = {NORM}" + DEPTHWISE, one(1e-6), False),
+    ],
+)
+def test_a_scale_folds_where_what_it_costs_is_lost_anyway(inputs: str, body: str, scale: Any, folds: bool) -> None:
+    zeros = np.zeros(8, np.float32)
+    constants = {"w": W64, "v": W64 * np.float32(2.0**-10), "k": COLUMN, "s": scale, "t": zeros, "h": zeros + 2, "z": zeros, "o": zeros + 1}
+    model = small(inputs, body, **constants, m=normal(8, 8), g=normal(8, 1, 1, 1))
+    feeds = random_inputs(model)
+    wanted = evaluate(model, feeds)
+    lowered = lower(passes.prepare(model, "fp16"), len(feeds["x"]), "fp16")
+    assert largest_difference(wanted, run_lowered(lowered, feeds)) <= FOLDED
+    assert any(call.kind == "Pointwise" for call in lowered.calls) != folds
+
+
+def test_a_large_constant_that_is_too_small_for_fp16_stays_fp32() -> None:
+    for size, kept in ((1.0, "fp16"), (1e-6, "fp32")):
+        model = small("float[2,5000] x", "a = Relu(x) y = Mul(a, s)", s=size * RNG.uniform(0.5, 1.5, 5000).astype(np.float32))
+        lowered = lower(passes.prepare(model, "fp16"), 2, "fp16")
+        (call,) = lowered.calls
+        assert {operand.dtype for operand in call.problem.inputs} == {"fp32", kept}

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from graphs import text_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -84,6 +86,14 @@ def test_files_that_are_no_plan(tmp_path: Path, plan_file: Path) -> None:
     save_file({"w": np.ones(2, np.float32)}, tmp_path / "weights.plan")
     with pytest.raises(PlanFormatError, match="is a safetensors file but no plan; make one with twofour build"):
         Plan.load(tmp_path / "weights.plan")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" * 8)
+    with pytest.raises(PlanFormatError, match=r"is damaged, or was never one: .*; make one with twofour build"):
+        Plan.load(tmp_path / "model.onnx")
+    header = json.dumps({"w": {"dtype": "\x1b[2J", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "escape.plan").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(PlanFormatError, match=r"is damaged, .*\?\[2J") as caught:
+        Plan.load(tmp_path / "escape.plan")
+    assert str(caught.value).isprintable(), "a terminal would obey it"
     (tmp_path / "cut.plan").write_bytes(plan_file.read_bytes()[:100])
     with pytest.raises(PlanFormatError, match="is damaged"):
         Plan.load(tmp_path / "cut.plan")
@@ -141,6 +151,8 @@ def test_the_output_comes_in_the_kind_of_the_input(plan: Plan) -> None:
         ((np.zeros((2, 1, 8, 8)),), r"input 'x' is float64\[2, 1, 8, 8\], expected x float32\[batch, 1, 8, 8\]"),
         ((np.zeros((2, 1, 9, 8), np.float32),), r"input 'x' is float32\[2, 1, 9, 8\], expected"),
         ((np.zeros((0, 1, 8, 8), np.float32),), "the batch is empty, expected at least one item"),
+        ((torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16),), r"input 'x' is bfloat16\[2, 1, 8, 8\] in torch.strided, expected x float32"),
+        ((torch.zeros(2, 1, 8, 8).to_sparse(),), r"input 'x' is float32\[2, 1, 8, 8\] in torch.sparse_coo, expected .* in torch.strided"),
         (([1, 2],), "input 'x' is a list, expected a NumPy array, a torch tensor or a DLPack object"),
     ],
 )
@@ -189,7 +201,6 @@ def test_an_engine_runs_without_torch_and_onnx(plan_file: Path) -> None:
         ({"sparsity": "force"}, UnsupportedError, "needs a GPU with Sparse Tensor Cores"),
         ({"sparsity": "yes"}, InputError, "sparsity 'yes' is unknown"),
         ({"device": "tpu"}, InputError, "device 'tpu' is unknown"),
-        ({"batch": [0]}, InputError, r"batch \[0\] holds a size below 1"),
     ],
 )
 def test_build_refuses_in_one_sentence(sparse_onnx: Path, options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -197,8 +208,15 @@ def test_build_refuses_in_one_sentence(sparse_onnx: Path, options: dict[str, Any
         twofour.build(sparse_onnx, **options)
 
 
+def test_one_input_of_two_is_named_so(tmp_path: Path) -> None:
+    made = text_model("float[N,8] x, float[N,8] z", "y = Add(x, z)")
+    made.graph.output[0].type.CopyFrom(made.graph.input[0].type)
+    onnx.save(made, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"engine: 1 input given, expected 2: x float32\[batch, 8\], z"):
+        twofour.load(twofour.build(tmp_path / "m.onnx"))(np.zeros((1, 8), np.float32))
+
+
 def test_a_fixed_batch_and_a_dynamic_inner_axis(tmp_path: Path) -> None:
-    import onnx
     from onnx import TensorProto, helper
 
     def model(shape: list[int | str]) -> Path:
@@ -224,7 +242,6 @@ def test_a_plan_that_describes_another_model_than_it_holds_is_refused(plan_file:
 
 
 def test_a_model_that_onnx_runtime_refuses_is_not_built(tmp_path: Path) -> None:
-    import onnx
     from onnx import TensorProto, helper
 
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in ("x", "y")]
@@ -236,7 +253,6 @@ def test_a_model_that_onnx_runtime_refuses_is_not_built(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_is_never_measured_as_another(tmp_path: Path) -> None:
-    import onnx
     from onnx import TensorProto, helper
 
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8]) for n in ("x", "y")]

@@ -169,6 +169,18 @@ def test_a_resume_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     refused(r"resume folder '.*file' cannot be made", resume=tmp_path / "file")
 
 
+def test_a_resume_folder_of_other_masks_is_refused(tmp_path: Path) -> None:
+    """The masks change what the blocks give, and nothing of the activations before the first."""
+    model, batches, example = made(bert)
+    with contextlib.suppress(Interrupted):
+        prune_blocks(model, example, batches, method="wanda", resume=tmp_path, progress=stop_after(1))
+    other = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in batches]
+    with pytest.raises(InputError, match="was begun with another calibration; give the same call, or another folder"):
+        prune_blocks(model, example, other, method="wanda", resume=tmp_path)
+    same = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    prune_blocks(model, example, same, method="wanda", resume=tmp_path)
+
+
 class Chain(nn.Module):
     """Three linear blocks; `between` happens between them."""
 

@@ -14,6 +14,7 @@ from twofour.pruning.batch_norm import UPDATING, settle_norms
 from twofour.pruning.decide import Calibration, permutation_scores, rounds_of
 from twofour.pruning.methods import METHODS
 from twofour.pruning.permutation import carried
+from twofour.pruning.sharded import fill_zero
 
 CALIBRATED = [name for name, method in METHODS.items() if method.is_calibrated]
 
@@ -299,6 +300,23 @@ def test_batch_norm_that_cannot_be_re_estimated_takes_the_update_back() -> None:
     before = digest(model)
     with pytest.raises(InputError, match="has one value a channel, expected several"):
         prune(model, (images(),), method="alps", calibration=[images(1, seed) for seed in range(40)], reestimate=True, permute=False)
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_an_interruption_of_the_writing_takes_it_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small().eval()
+    before, written = digest(model), []
+
+    def interrupted(weight: Tensor, dropped: Tensor) -> None:
+        written.append(fill_zero(weight, dropped))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("twofour.pruning.apply.fill_zero", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, (images(),), method=name, calibration=batches(), reestimate=True)
+    assert len(written) == 2
     assert digest(model) == before
 
 

@@ -181,6 +181,21 @@ def test_the_output_error_falls_from_magnitude_to_reconstruction(seed: int) -> N
     assert errors["ria"] < errors["magnitude"]
 
 
+@pytest.mark.parametrize("columns", [32, 128])
+@pytest.mark.parametrize("seed", range(3))
+def test_updates_and_then_reconstruction_lie_below_every_mask_where_channels_have_one_scale(columns: int, seed: int) -> None:
+    """Correlated by random mixing, or from neighbour to neighbour; the masks alone come in any order there."""
+    random = torch.Generator().manual_seed(seed)
+    white = torch.randn(4 * columns, columns, generator=random)
+    mixed = white @ torch.randn(columns, columns, generator=random)
+    near = 0.9 ** (torch.arange(columns)[:, None] - torch.arange(columns)).abs()
+    weight = torch.randn(24, columns, generator=random)
+    for x in (mixed, white @ torch.linalg.cholesky(near).T):
+        errors = {name: error(name, weight, x) for name in METHODS}
+        masks = [value for name, value in errors.items() if name not in ("sparsegpt", "alps")]
+        assert min(masks) > errors["sparsegpt"] > errors["alps"], errors
+
+
 @pytest.mark.parametrize("name", HESSIAN)
 def test_the_recorded_output_error_is_that_of_multiplying(name: str) -> None:
     weight, x = problem()

@@ -164,6 +164,25 @@ def refused(model: nn.Module, message: str, **arguments: object) -> None:
     assert digest(model) == before
 
 
+def test_a_weight_that_cannot_be_written_or_is_written_twice_is_refused() -> None:
+    """Each would end half way through the writing, or with what another layer keeps."""
+    with torch.inference_mode():
+        made_there = small()
+        pruned_there = small()
+        prune(pruned_there, (images(),), permute=False)
+    assert int((pruned_there[3].weight == 0).sum()) == pruned_there[3].weight.numel() // 2
+    refused(made_there, "weight '3.weight' was made in inference mode, expected one that can be written; make the model outside of it")
+    expanded, shared = small(), small()
+    expanded[7].weight = nn.Parameter(torch.randn(1, 64).expand(8, 64))
+    refused(expanded, "weight '7.weight' is expanded, expected memory of its own for every value; replace it by a contiguous clone")
+    shared.append(nn.Linear(4, 4))
+    shared.append(nn.Linear(4, 4))
+    shared[10].weight = nn.Parameter(shared[9].weight.data)
+    refused(shared, "weight '9.weight' lies in the memory of '10.weight', expected memory of its own; tie the layers by one parameter")
+    shared[10].weight = nn.Parameter(shared[9].weight.data.clone())
+    prune(shared, (images(),))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
     model = small()

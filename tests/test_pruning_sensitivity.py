@@ -193,6 +193,19 @@ def test_a_metric_that_is_not_finite_is_refused() -> None:
     assert digest(model) == before
 
 
+def test_a_metric_may_be_a_tensor_and_must_be_a_number(tmp_path: Path) -> None:
+    model = network()
+    before = digest(model)
+    measured = sensitivity(model, EXAMPLE, lambda m: torch.tensor(error(m)), resume=tmp_path / "s.json", **LOWER)  # type: ignore[arg-type, return-value]
+    assert measured == sensitivity(model, EXAMPLE, lambda m: float(torch.tensor(error(m))), **LOWER)
+    done = prune_within(network(), EXAMPLE, lambda m: torch.tensor(0.0), measured, 1.0, permute=False)  # type: ignore[arg-type, return-value]
+    assert type(done.value) is float
+    for value, kind in ((None, "NoneType"), (torch.ones(2), "Tensor")):
+        with pytest.raises(InputError, match=f"sensitivity: accuracy of the dense network is of {kind}, expected a number; have the"):
+            sensitivity(model, EXAMPLE, lambda m, value=value: value)  # type: ignore[misc]
+    assert digest(model) == before
+
+
 def test_the_picture_has_a_bar_a_layer(tmp_path: Path) -> None:
     measured = sensitivity(network(), EXAMPLE, error, **LOWER)
     plot_sensitivity(measured, tmp_path / "a.svg")
@@ -269,7 +282,7 @@ def test_the_command_says_what_dense_layers_cost_in_time(run: Any, monkeypatch: 
     from twofour.errors import UnsupportedError
     from twofour.report.budget import BudgetTime
 
-    asked = ("--keep-dense", "auto", "--budget", "0.5", "--no-permute", "--out", "p.safetensors")
+    asked = ("--keep-dense", "auto", "--budget", "0.5", "--pattern", "1:4", "--no-permute", "--out", "p.safetensors")
     values = iter([90.0, *(89.0 - 0.1 * i for i in range(8)), 80.0, *[89.9] * 9])
     monkeypatch.setattr("twofour.cli.prune_model.evaluate", lambda *_: next(values))
 
@@ -280,6 +293,8 @@ def test_the_command_says_what_dense_layers_cost_in_time(run: Any, monkeypatch: 
     code, out, err = run(*asked)
     assert code == 0, err
     assert "time: not measured, as no plan can be built here: build: none can be used here" in " ".join(out.split())
+    assert "accuracy: dense 90.00, 1:4 89.90\n" in out
+    assert "% of FLOPs are 1:4; metric 90.00 → 89.90)" in " ".join(out.split())
     values = iter([80.0, *[89.9] * 9])
     monkeypatch.setattr("twofour.cli.prune_model.time_of_budget", lambda *_, **__: BudgetTime("H100", 32, "fp16", 1200.0, 1000.0))
     code, out, _ = run(*asked)
@@ -325,6 +340,18 @@ def test_the_command_refuses_contradictions(run: Any, more: tuple[str, ...], sen
     assert code == 2
     assert re.search(sentence, err), err
     assert not Path("p.safetensors").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_pruned(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(*_: object) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("twofour.cli.prune_model.run", begun)
+    for more in ((), ("--sensitivity",), ("--keep-dense", "auto", "--budget", "1")):
+        name = "absent/p.json" if "--sensitivity" in more else "absent/p.safetensors"
+        code, _, err = run(*more, "--out", name)
+        assert code == 2
+        assert f"file '{name}' cannot be written: its folder does not exist; make it first" in err
 
 
 def test_files_cannot_be_measured(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

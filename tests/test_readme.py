@@ -75,8 +75,9 @@ def test_the_tables_are_the_recorded_ones_without_stale_rows() -> None:
     finally:
         sys.path.pop(0)
     assert readme.filled(README, readme.TABLES) == README
-    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
-    assert readme.filled(page, readme.PAGE_TABLES) == page
+    for name, tables in (("engine", readme.PAGE_TABLES), ("training", readme.TRAINING_TABLES)):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert readme.filled(page, tables) == page, name
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

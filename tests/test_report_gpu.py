@@ -91,6 +91,10 @@ def test_the_command_measures_gpu_plans_and_refuses_a_mixture(engine: Engine, tm
     assert "1500 MHz, 690 W" in shown.output
     read = json.loads(CliRunner().invoke(command_line, ["measure", str(path), "--batch", size, "--json"]).output)
     assert read[0]["gpu_ms"] == 1.0
+    own = json.loads(CliRunner().invoke(command_line, ["measure", str(path), "--json"], catch_exceptions=False).output)
+    assert tuple(row["batch"] for row in own) == engine.plan.batches
+    none = CliRunner().invoke(command_line, ["measure", str(path), "--batch", ""])
+    assert "no batch size is given" in str(none.exception)
     mixed = CliRunner().invoke(command_line, ["measure", str(path), str(other)])
     assert "runs on a GPU and other files on the CPU, expected one kind" in str(mixed.exception)
 

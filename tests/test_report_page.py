@@ -555,7 +555,7 @@ def test_a_comparison_needs_two_runs_each_once(tmp_path: Path) -> None:
     from twofour.report.compare import load_runs, write_comparison
 
     (tmp_path / "report.json").write_text(sample().model_dump_json())
-    with pytest.raises(InputError, match="1 runs to compare, expected at least two"):
+    with pytest.raises(InputError, match="1 run to compare, expected at least two"):
         write_comparison(load_runs([tmp_path]), tmp_path / "c.html")
     with pytest.raises(InputError, match="is given twice, expected each run once"):
         load_runs([tmp_path, tmp_path / "report.json"])

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,12 @@ def test_wrong_inputs_are_one_sentence(make: Any, message: str) -> None:
         backend().call(make())
 
 
+def test_one_input_of_two_is_named_so() -> None:
+    two = dataclasses.replace(plan(), inputs=plan().inputs * 2)
+    with pytest.raises(InputError, match="1 input given, expected 2: x"):
+        backend(two).call([images(4)])
+
+
 def test_an_output_of_the_whole_batch_is_not_computed_from_parts() -> None:
     source = plan()
     whole = dataclasses.replace(source, outputs=(dataclasses.replace(source.outputs[0], shape=(4, CHANNELS)),))
@@ -271,6 +278,25 @@ def test_a_step_that_needs_more_scratch_than_the_plan_has_is_refused() -> None:
 
     with pytest.raises(PlanFormatError, match="step 'turn' needs 4096 bytes of workspace here, batch 4 has 0; build the plan again"):
         CudaBackend(plan(), gpu=gpu, make=make).call([images(4)])
+
+
+@pytest.mark.parametrize("installed", ["800", "810"])
+def test_a_weight_that_another_cusparselt_compressed_is_refused(installed: str) -> None:
+    gpu, source = FakeGpu(), plan((4,))
+    steps = tuple(dataclasses.replace(step, library="cusparselt") for step in source.programs[0].steps)
+    source = dataclasses.replace(source, programs=(dataclasses.replace(source.programs[0], steps=steps),), needs={"cusparselt": "800"})
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        made = gpu.make(*arguments, **options)
+        made.call = SimpleNamespace(version=installed)
+        return made
+
+    x, engine = images(4), CudaBackend(source, gpu=gpu, make=make)
+    if installed == "800":
+        assert np.array_equal(engine.call([x]), expected(x).astype(np.float32))
+        return
+    with pytest.raises(PlanFormatError, match="step 'turn' was compressed by cuSPARSELt 800, installed is 810; build the plan again"):
+        engine.call([x])
 
 
 def test_freed_memory_is_freed_once() -> None:

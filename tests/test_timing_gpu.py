@@ -124,7 +124,9 @@ def test_recorded_rows_are_whole(path: Path) -> None:
         assert recorded["versions"]["ours"] == recorded["sources_digest"]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/tests.json")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(path for name in ("tests", "memcheck", "racecheck") for path in RESULTS.glob(f"*/{name}-*.json")), ids=lambda p: p.stem
+)
 def test_recorded_gpu_tests_name_what_they_tested(path: Path) -> None:
     results = json.loads(path.read_text())
     assert results["kind"] == "tests"

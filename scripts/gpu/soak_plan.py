@@ -9,11 +9,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor, nn
 
 import twofour
 from twofour.builder.build import build
 from twofour.exchange.export import captured
 from twofour.sources import resolve_model
+
+BATCHES = (1, 32)
+
+
+def network() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Return the dense network and inputs for it."""
+    torch.manual_seed(0)
+    return resolve_model("torchvision:mobilenet_v2").make(100).eval(), (torch.randn(2, 3, 64, 64),)
 
 
 def main() -> None:
@@ -21,15 +30,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = resolve_model("torchvision:mobilenet_v2").make(100).eval()
-    inputs = (torch.randn(2, 3, 64, 64),)
+    model, inputs = network()
     twofour.prune(model, inputs, permute=False, reestimate=False)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "mobilenet_v2.onnx"
         captured(model, inputs).save(file, external_data=False)
         precision = "fp16" if options.device == "cuda" else "fp32"
-        build(file, batch=(1, 32), precision=precision, device=options.device).save(options.out)
+        build(file, batch=BATCHES, precision=precision, device=options.device).save(options.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -91,7 +90,7 @@ class Assembler:
         made = iter(zip(chosen, prepared, weights, strict=True))
         for call in lowered.calls:
             if call.family == FALLBACK:
-                model = self.payload.add("model", np.frombuffer(_model_of(lowered, call), np.uint8))
+                model = self.payload.add("model", np.frombuffer(lowered.model(call), np.uint8))
                 steps.append(Step(call.name, FALLBACK, "onnxruntime", call.problem, None, None, dict(call.operands), {"model": model}))
                 continue
             choice, launch, weight = next(made)
@@ -165,8 +164,3 @@ def _bits(array: Array) -> Array:
     if array.dtype.name == "bfloat16":
         return array.view(np.uint16)
     return array.view(np.uint8) if array.dtype == np.bool_ else array
-
-
-def _model_of(lowered: Lowered, call: LayerCall) -> bytes:
-    model: Any = lowered.constants[f"{call.operands['d0']}.model"]
-    return bytes(model) if not isinstance(model, np.ndarray) else model.tobytes()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from twofour.builder.batches import batch_sizes
 from twofour.builder.cpu import build_cpu
 from twofour.builder.gpu import TACTICS, build_gpu
 from twofour.errors import InputError, nearest
@@ -37,7 +38,7 @@ def device_of(device: str) -> tuple[str, int]:
 def build(
     path: str | Path,
     *,
-    batch: Sequence[int] = (),
+    batch: int | Sequence[int] | None = None,
     precision: str | None = None,
     sparsity: str = "auto",
     device: str = "cpu",
@@ -52,13 +53,13 @@ def build(
     in every way that can compute it, and the fastest is taken; `about["builds"]` holds the times and the reasons, a record a batch size.
 
     Args:
-        batch: batch sizes to tune for; empty means any on the CPU, 1 on a GPU.
+        batch: batch size or sizes to tune for; by default the one that the file was exported for, else any on the CPU, 1 on a GPU.
         device: `cpu`, `cuda`, or `cuda:N` for GPU N.
         precision: `fp32` on the CPU, `fp16` or `bf16` on a GPU; by default the first.
         sparsity: `auto` uses sparse kernels where they are faster, `off` never, `force` prunes weights that are not 2:4, to see the speed.
         tactics: on a GPU, `all`, or `ours` for a plan that needs nothing but the driver.
         timing_cache: a file of earlier choices on a GPU, extended.
-        fallback: run operators that the GPU engine lacks with ONNX Runtime.
+        fallback: run operators that the GPU engine lacks with ONNX Runtime; the records say what that costs.
         progress: called with layers timed, layers, and the layer's name.
 
     Raises:
@@ -69,13 +70,12 @@ def build(
     precision = ("fp16" if kind == "cuda" else "fp32") if precision is None else checked_choice("precision", precision, PRECISIONS)
     checked_choice("sparsity", sparsity, SPARSITY)
     checked_choice("tactics", tactics, TACTICS)
-    if any(b < 1 for b in batch):
-        raise InputError(f"build: batch {list(batch)} holds a size below 1, expected positive sizes")
+    sizes = batch_sizes(batch, "build", least=0)
     if kind == "cuda":
         cache = None if timing_cache is None else Path(timing_cache)
         return build_gpu(
             path,
-            batches=batch or (1,),
+            batches=sizes,
             precision=precision,
             sparsity=sparsity,
             tactics=tactics,
@@ -87,4 +87,4 @@ def build(
     for name, given in (("tactics", tactics != "all"), ("timing_cache", timing_cache is not None), ("fallback", fallback)):
         if given:
             raise InputError(f"build: {name} is for device 'cuda', the device is {device!r}; leave it out")
-    return build_cpu(path, batches=batch, precision=precision, sparsity=sparsity)
+    return build_cpu(path, batches=sizes, precision=precision, sparsity=sparsity)

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.batches import default_batches
 from twofour.builder.specs import spec_of
 from twofour.errors import UnsupportedError
+from twofour.exchange.importer import fixed_batches, refuse_other_batch
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan
+from twofour.plan.record import printable
 from twofour.version import __version__
 
 
@@ -31,20 +34,23 @@ def refuse_unrunnable(data: bytes, path: Path) -> None:
     except Exception as error:
         # ONNX Runtime raises its own kinds for a bad model; they share no public base.
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {first_line}") from error
+        raise UnsupportedError(f"build: ONNX Runtime refuses {str(path)!r}: {printable(first_line)}") from error
 
 
 def build_cpu(path: Path, *, batches: Sequence[int], precision: str, sparsity: str) -> Plan:
     """Return the plan that runs the ONNX file on the CPU; see `build`.
 
     Raises:
-        UnsupportedError: another precision than fp32, `force`, or a model that ONNX Runtime refuses. InputError: as `parse_onnx_file`.
+        UnsupportedError: another precision than fp32, `force`, or a model that ONNX Runtime refuses. InputError: as `parse_onnx_file`,
+            or a batch that the model does not take.
     """
     if precision != "fp32":
         raise UnsupportedError(f"build: precision {precision!r} is not available on the CPU backend; use fp32")
     if sparsity == "force":
         raise UnsupportedError("build: sparsity 'force' needs a GPU with Sparse Tensor Cores; use auto or off on the CPU")
     model = parse_onnx_file(path)
+    for size in batches:
+        refuse_other_batch(fixed_batches(model), size, str(path))
     inspection = inspect_model(model, str(path), "onnx")
     # Weights kept in a file beside the model would be lost: the plan holds them all.
     for value in model.graph.initializers.values():
@@ -71,6 +77,6 @@ def build_cpu(path: Path, *, batches: Sequence[int], precision: str, sparsity: s
         inputs,
         outputs,
         {"onnx": np.frombuffer(data, np.uint8)},
-        tuple(batches),
+        tuple(batches) or default_batches(model, ()),
         about,
     )

@@ -11,9 +11,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.builder.gpus import GPUS, Gpu, gpu_named
 from twofour.builder.lower import Front, LayerCall
-from twofour.errors import InputError
+from twofour.errors import UnsupportedError
 from twofour.kernels.conv import contract as conv
 
 # Shares of the peak rates reached on large problems, and of the bandwidth on memory-bound ones; H200 at 700 W, results/nvidia-h200.
@@ -21,7 +22,7 @@ DENSE_SHARE = 0.69
 SPARSE_SHARE = 0.51
 BANDWIDTH_SHARE = 0.90
 OTHER_SHARE = 0.16  # attention and batched products
-DEPTHWISE_SHARE = 0.0125  # of the dense peak: cuDNN's depthwise convolutions use no tensor cores
+DEPTHWISE_SHARE = 0.066  # of the dense peak: depthwise convolutions use no tensor cores
 PASS_OVER_LAYERS = 1.12  # under sustained load the clock is lower than while layers are timed one by one, and kernels have gaps
 LAUNCH_US = 3.0
 TILE = 128
@@ -56,7 +57,7 @@ class Error:
 H200_ERROR = {"dense": Error(0.032, 0.0797, 41), "2:4": Error(0.0568, 0.1813, 41)}
 # Whole networks, against results/cpu/estimate-networks.json: a pass dense, a pass with 2:4, and the first over the second. The shares of
 # what is no plain product were fitted to layers of these networks.
-NETWORKS_ERROR = {"dense": Error(0.0883, 0.1316, 7), "2:4": Error(0.0955, 0.1621, 7), "gain": Error(0.0334, 0.0625, 7)}
+NETWORKS_ERROR = {"dense": Error(0.1005, 0.1217, 10), "2:4": Error(0.0955, 0.1534, 10), "gain": Error(0.0315, 0.0625, 10)}
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def _conv_us(gpu: Gpu, p: conv.Problem, *, sparse: bool) -> tuple[float, str]:
     image = 2 * p.batch * p.height * p.width * p.inputs
     residual = 2 * p.pixels * p.outputs if p.epilogue.residual else 0
     if p.groups > 1 and channels < 4:
-        arithmetic = p.flops / (gpu.dense_tflops * DEPTHWISE_SHARE * 1e6)
-        return _longer(gpu, arithmetic, image + 2 * p.pixels * p.outputs + residual)
+        # What a thread multiplies it has loaded before: the arithmetic adds to the time of the memory.
+        moved_us, bound = _longer(gpu, 0.0, image + 2 * p.pixels * p.outputs + residual)
+        return moved_us + p.flops / (gpu.dense_tflops * DEPTHWISE_SHARE * 1e6), bound
     padded = 1.0
     if p.groups > 1:
         padded = max(1.0, LEAST_GROUP / channels) if channels in NATIVE_GROUPS else BY_GROUP
@@ -203,7 +205,8 @@ def estimate_layer(call: LayerCall, gpu: Gpu) -> LayerEstimate:
         share = OTHER_SHARE if call.family in ("attention", "matmul") else 1.0
         arithmetic = call.flops / (gpu.dense_tflops * share * 1e6) if share < 1.0 else 0.0
         dense_us, bound = _longer(gpu, arithmetic, call.num_bytes)
-    if call.family in ("gemm", "conv"):
+    # Kernels of grouped and depthwise convolutions apply every activation to what they have at hand.
+    if call.family == "gemm" or (call.family == "conv" and p.groups == 1):
         rows = p.tokens if call.family == "gemm" else p.pixels
         after = _activation_us(gpu, p.epilogue.activation, rows * p.outputs)
         dense_us, sparse_us = dense_us + after, None if sparse_us is None else sparse_us + after
@@ -218,24 +221,41 @@ def estimate_calls(calls: Sequence[LayerCall], gpu: Gpu, batch: int, precision: 
 
 
 def estimate(
-    path: str | Path, *, gpus: Sequence[str] = (), batch: Sequence[int] = (32,), precision: str = "fp16", fallback: bool = False
+    path: str | Path,
+    *,
+    gpus: str | Sequence[str] = (),
+    batch: int | Sequence[int] | None = None,
+    precision: str = "fp16",
+    fallback: bool = False,
 ) -> list[Estimate]:
     """Return what 2:4 would buy the ONNX file at `path`, one prediction a GPU and batch size, in that order.
 
     Every layer that a 2:4 kernel could compute is taken as if its weight were 2:4, whatever it holds now.
 
     Args:
-        gpus: names of `builder.gpus.GPUS`; all by default. fallback: leave operators that the engine lacks out of the sum.
+        gpus: name or names of `builder.gpus.GPUS`; all by default. batch: batch size or sizes; by default the one that
+            the file was exported for, else 1 and 32. fallback: leave operators that the engine lacks out of the sum.
 
     Raises:
-        InputError: an unknown GPU, an unreadable file, no batch size. UnsupportedError: the network has operators that the engine lacks.
+        InputError: an unknown GPU, an unreadable file, a batch that it does not take. UnsupportedError: the network has operators that
+            the engine lacks; with `fallback`, no other.
     """
-    chosen = [gpu_named(name) for name in gpus] or list(GPUS.values())
-    if not batch:
-        raise InputError("estimate: no batch size is given, expected at least one")
+    chosen = [gpu_named(name) for name in ((gpus,) if isinstance(gpus, str) else gpus)] or list(GPUS.values())
+    sizes = batch_sizes(batch, "estimate")
     front = Front(path, fallback=fallback)
-    lowered = [(size, front.lower(size, precision).calls) for size in batch]
+    lowered = [(size, front.lower(size, precision).calls) for size in sizes or front.default_batches(BATCHES)]
+    refuse_nothing_ours(lowered[0][1], str(path))
     return [estimate_calls(calls, gpu, size, precision) for gpu in chosen for size, calls in lowered]
+
+
+def refuse_nothing_ours(calls: Sequence[LayerCall], where: str) -> None:
+    """Do nothing if the engine itself computes at least one layer.
+
+    Raises:
+        UnsupportedError: ONNX Runtime computes all of them, so that nothing could gain.
+    """
+    if all(call.family == "fallback" for call in calls):
+        raise UnsupportedError(f"estimate: the engine has none of the operators of {where!r}, expected one; run it with ONNX Runtime")
 
 
 def measured_error(rows: Sequence[dict[str, Any]], gpu: Gpu, *, sparse: bool) -> Error:

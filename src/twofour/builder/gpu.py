@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from twofour.builder.assemble import Assembler, forced
+from twofour.builder.batches import BATCHES, batch_sizes
+from twofour.builder.estimate import refuse_nothing_ours
 from twofour.builder.gpus import GPUS, Gpu
 from twofour.builder.graph import Array
 from twofour.builder.lower import Front, Lowered
@@ -17,6 +19,7 @@ from twofour.builder.record import BuildRecord, Timed, build_record
 from twofour.builder.specs import spec_of
 from twofour.builder.tactics.bench import Bench, upload
 from twofour.builder.tactics.chosen import Chosen, choose_all
+from twofour.builder.tactics.hosted import time_fallbacks
 from twofour.builder.tactics.ways import weight_for
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.exchange.inspect import parse_onnx_file
@@ -38,8 +41,8 @@ class Prepared:
     memory: tuple[MemoryPlan, ...]
 
 
-def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool) -> Prepared:
-    """Return everything about an engine that needs no GPU.
+def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool, otherwise: tuple[int, ...] = (1,)) -> Prepared:
+    """Return everything about an engine that needs no GPU; without a batch size, for the file's own, else for `otherwise`.
 
     Raises:
         InputError, UnsupportedError: as import and the passes do.
@@ -47,7 +50,7 @@ def prepare(path: Path, batch: Sequence[int], precision: str, fallback: bool) ->
     if precision not in PRECISIONS:
         raise InputError(f"build: precision {precision!r} is not one of the GPU engine's, expected one of {list(PRECISIONS)}")
     front = Front(path, fallback=fallback)
-    lowered = tuple(front.lower(size, precision) for size in sorted(set(batch)))
+    lowered = tuple(front.lower(size, precision) for size in sorted(set(batch or front.default_batches(otherwise))))
     return Prepared(lowered, tuple(plan_memory(one.buffers()) for one in lowered))
 
 
@@ -98,14 +101,15 @@ def build_gpu(
     for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
         if sparsity == "force":
             lowered = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        hosted = time_fallbacks(lowered, bench, progress)
         chosen = choose_all(
             lowered.calls, sparsity=sparsity, tactics=tactics, cache=timing_cache, device=device, progress=progress, bench=bench
         )
         prepared = [bench.prepare(choice.way) for choice in chosen]
         programs.append(assembler.program(lowered, memory, chosen, prepared, _made_on_gpu(lowered, chosen, prepared)))
-        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"])))
+        records.append(record_of(path.name, lowered, memory, chosen, _gpu_of(machine["gpu"]), hosted))
         needs |= {choice.way.library: _version(choice.way.library, launch) for choice, launch in zip(chosen, prepared, strict=True)}
-        if any(call.family == "fallback" for call in lowered.calls):
+        if hosted:
             needs["onnxruntime"] = _version("onnxruntime", None)
     about: dict[str, Any] = {
         "twofour": __version__,
@@ -138,7 +142,7 @@ def build_gpu(
 def measure_gain(
     path: Path,
     *,
-    batches: Sequence[int],
+    batches: int | Sequence[int] | None = None,
     precision: str,
     timing_cache: Path | None = None,
     fallback: bool = False,
@@ -150,22 +154,27 @@ def measure_gain(
     The first is the network as it is without 2:4 kernels; the second a copy pruned by magnitude wherever a 2:4 kernel could compute a
     layer, each layer in its fastest way. Layers are timed one by one; no engine is made, and the copy's accuracy is gone.
 
+    Args:
+        batches: batch size or sizes; by default the one that the file was exported for, else 1 and 32.
+
     Raises:
         InputError, UnsupportedError, MissingExtraError: as `build` for a GPU.
     """
     from twofour.timing.gpu import Stopwatch
 
-    ready = prepare(path, batches, precision, fallback)
+    ready = prepare(path, batch_sizes(batches, "estimate"), precision, fallback, BATCHES)
+    refuse_nothing_ours(ready.lowered[0].calls, str(path))
     require_gpu(device)
     bench = Bench(Stopwatch(device), device)
     gpu = _gpu_of(bench.watch.meter.machine()["gpu"])
     found = []
     for lowered, memory in zip(ready.lowered, ready.memory, strict=True):
         pruned = replace(lowered, calls=tuple(forced(call) for call in lowered.calls))
+        hosted = time_fallbacks(lowered, bench, progress)
         pair = []
         for network, sparsity in ((lowered, "off"), (pruned, "auto")):
             chosen = choose_all(network.calls, sparsity=sparsity, cache=timing_cache, device=device, progress=progress, bench=bench)
-            pair.append(record_of(path.name, network, memory, chosen, gpu))
+            pair.append(record_of(path.name, network, memory, chosen, gpu, hosted))
         found.append((pair[0], pair[1]))
     return found
 
@@ -187,13 +196,15 @@ def _made_on_gpu(lowered: Lowered, chosen: Sequence[Chosen], prepared: Sequence[
     return found
 
 
-def record_of(name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu) -> BuildRecord:
-    """Return the build report of one batch size."""
-    made = iter(chosen)
+def record_of(
+    name: str, lowered: Lowered, memory: MemoryPlan, chosen: Sequence[Chosen], gpu: Gpu, hosted: Sequence[Timed] = ()
+) -> BuildRecord:
+    """Return the build report of one batch size; `chosen` holds the layers that the GPU computes, `hosted` the others."""
+    made, others = iter(chosen), iter(hosted)
     timed: list[Timed | None] = []
     for call in lowered.calls:
         if call.family == "fallback":
-            timed.append(None)
+            timed.append(next(others))
             continue
         choice = next(made)
         timed.append(Timed(str(choice.way), choice.times_us, choice.left_out, choice.way.is_sparse))

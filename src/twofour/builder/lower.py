@@ -1,12 +1,15 @@
 """From the fused graph to layers: each with its family, Problem, operands, weight, work, and whether 2:4 could help it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from twofour.builder.batches import default_batches
 from twofour.builder.graph import Array, constant_of, is_fused
 from twofour.builder.layers import Emitter
 from twofour.builder.memory import Buffer
@@ -33,7 +36,7 @@ class LayerCall:
         weight: fp32, `[outputs, inputs]` or `[K, R, S, C / groups]`; None for steps without. bias: fp32 `[outputs]`.
         eligible: whether a 2:4 kernel could compute it if the weight were 2:4. is_24: whether the weight is.
         why_not_24: why it cannot run sparse as it is; empty where it can, or where there is nothing to multiply.
-        flops: effective, zeros counted. num_bytes: every operand once.
+        flops: effective, zeros counted; 0 for a fallback, whose work is not known. num_bytes: every operand once.
     """
 
     name: str
@@ -85,6 +88,11 @@ class Lowered:
                 sizes[place.root] = max(sizes.get(place.root, 0), end)
         return [Buffer(root, sizes[root], first[root], last[root]) for root in first]
 
+    def model(self, call: LayerCall) -> bytes:
+        """Return the ONNX model of a fallback."""
+        held: Any = self.constants[f"{call.operands['d0']}.model"]
+        return bytes(held) if not isinstance(held, np.ndarray) else held.tobytes()
+
 
 def why_dense(weight: Array) -> str:
     """Return why a weight as it is cannot run sparse: its zeros do not obey 2:4 along the input channels; empty when they do."""
@@ -106,7 +114,7 @@ def lower(model: ir.Model, batch: int, precision: str) -> Lowered:
     for node in graph:
         if not is_fused(node, "View"):
             emitter.emit(node)
-    calls = tuple(_described(*item) for item in emitter.calls)
+    calls = tuple(_described(*item, emitter.places) for item in emitter.calls)
     for call in calls:
         refuse_overflow(call, precision)
     roots = {place.root for place in emitter.places.values()}
@@ -140,12 +148,16 @@ def refuse_overflow(call: LayerCall, precision: str) -> None:
         )
 
 
-def _described(node: ir.Node, family: str, problem: Any, operands: dict[str, str], why_no_kernel: str) -> LayerCall:
+def _described(
+    node: ir.Node, family: str, problem: Any, operands: dict[str, str], why_no_kernel: str, places: Mapping[str, Place]
+) -> LayerCall:
     """Return the call with its weight, work and 2:4 verdict."""
-    fallback = family == "fallback"
-    call = LayerCall(str(node.name), node.op_type, family, problem, operands, flops=0 if fallback else problem.flops)
+    call = LayerCall(str(node.name), node.op_type, family, problem, operands)
+    if family == "fallback":
+        return replace(call, num_bytes=sum(prod(p.shape) * DTYPE_BYTES[p.dtype] for p in (places[name] for name in operands.values())))
+    call = replace(call, flops=problem.flops)
     if family not in ("gemm", "conv"):
-        return call if fallback else replace(call, num_bytes=problem.num_bytes)
+        return replace(call, num_bytes=problem.num_bytes)
     weight = constant_of(node.inputs[1])
     bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
     assert weight is not None
@@ -178,6 +190,10 @@ class Front:
         """
         self.path, self.fallback = Path(path), fallback
         self._model = parse_onnx_file(self.path)
+
+    def default_batches(self, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the batch sizes that are meant where none are given: the one that the file was exported for, else `otherwise`."""
+        return default_batches(self._model, otherwise)
 
     def graph(self, batch: int) -> ir.Model:
         """Return the imported graph for one batch size, before any pass.

@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from twofour.errors import InputError, UnsupportedError
 from twofour.plan import ValueSpec
+from twofour.plan.record import printable
 
 
 def spec_of(value: ir.Value, where: str) -> ValueSpec:
@@ -18,6 +19,7 @@ def spec_of(value: ir.Value, where: str) -> ValueSpec:
             shape.append(None)
         else:
             raise UnsupportedError(
-                f"build: {where} {value.name!r} has the dynamic axis {axis} ({size}); only the batch (axis 0) may be dynamic"
+                f"build: {where} {value.name!r} has the dynamic axis {axis} ({printable(str(size))}); "
+                "only the batch (axis 0) may be dynamic"
             )
     return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))

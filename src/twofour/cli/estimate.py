@@ -11,16 +11,16 @@ from twofour.cli.build import sizes
 @click.command()
 @click.argument("onnx", type=options.PATH)
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Only this GPU, layer by layer; all in one table by default.")
-@click.option("--batch", default="1,32", show_default=True, metavar="N,N,…", help="Batch sizes.")
+@click.option("--batch", metavar="N,N,…", help="Batch sizes; by default the one that ONNX was exported for, else 1,32.")
 @click.option("--precision", default="fp16", show_default=True, help="fp16 or bf16.")
-@click.option("--fallback", is_flag=True, help="Leave operators that the engine lacks out of the sum.")
+@click.option("--fallback", is_flag=True, help="Operators that the engine lacks: timed with ONNX Runtime, left out of predictions.")
 @click.option("--predict", is_flag=True, help="Predict also where a GPU is at hand to measure on.")
 @click.option("--timing-cache", type=options.PATH, help="File in which a measurement's timings are kept and found.")
 @options.json_option
 def command(
     onnx: Path,
     gpus: tuple[str, ...],
-    batch: str,
+    batch: str | None,
     precision: str,
     fallback: bool,
     predict: bool,
@@ -64,7 +64,7 @@ def _has_gpu() -> bool:
         return False
 
 
-def _measure(onnx: Path, batches: tuple[int, ...], precision: str, fallback: bool, cache: Path | None, as_json: bool) -> None:
+def _measure(onnx: Path, batches: tuple[int, ...] | None, precision: str, fallback: bool, cache: Path | None, as_json: bool) -> None:
     """Time every layer dense and 2:4, and print the sums."""
     import json
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "run": "Run a plan on inputs from a file.",
     "measure": "Latency, throughput and memory of plans and ONNX files, interleaved.",
     "inspect": "Which layers of a file are 2:4, which could be, which not and why.",
-    "report": "Make a run's report page again; compare several runs.",
+    "report": "Make the page of a run or of a plan's build report again; compare several runs.",
     "models": "The models that MODEL may name.",
     "completion": "The script that lets a shell complete names.",
     "doctor": "What is installed, which GPU, which backends work.",

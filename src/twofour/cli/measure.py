@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=options.PATH, metavar="FILES… | gemm")
-@click.option("--batch", default="1,32", show_default=True, metavar="N,N,…", help="Batch sizes.")
+@click.option("--batch", metavar="N,N,…", help="Batch sizes; by default those that FILES were made for, else 1,32.")
 @click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Time for each batch size, all files.")
 @click.option("--no-memory", is_flag=True, help="Skip the peak memory (a process of its own for each).")
 @click.option("--shape", "shapes", multiple=True, metavar="TxOxI", help="gemm: one more tokens x outputs x inputs.")
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.json_option
 def command(
     files: tuple[Path, ...],
-    batch: str,
+    batch: str | None,
     seconds: float,
     no_memory: bool,
     shapes: tuple[str, ...],
@@ -59,10 +59,13 @@ def command(
     from twofour.report import measure
 
     if (engines := _gpu_engines(files)) is not None:
+        from twofour.builder.batches import batch_sizes
         from twofour.cli.tables import print_gpu_measurements
         from twofour.report.gpu import measure_gpu
+        from twofour.report.measure import batches_of
 
-        found = measure_gpu(engines, batch=sizes(batch))
+        asked = batch_sizes(sizes(batch), "measure") or batches_of({name: engine.plan for name, engine in engines.items()})
+        found = measure_gpu(engines, batch=asked)
         if as_json:
             click.echo(json.dumps([row.to_json() for row in found], indent=1))
         else:

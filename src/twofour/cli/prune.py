@@ -41,7 +41,7 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
     pruned tensor by tensor into --out, and goes on where an interrupted run stopped.
     """
     from twofour.errors import InputError
-    from twofour.files import refuse_same, require_suffix
+    from twofour.files import refuse_same, require_suffix, require_writable
     from twofour.sources.models import is_model_spec, names_source
 
     asked = Asked(**how)
@@ -64,6 +64,7 @@ def command(what: str, data: str | None, weights: Path | None, out: Path, **how:
         raise InputError(f"prune: {what!r} does not exist, expected a folder with safetensors files, one such file or a model's name")
     require_suffix(out, ".json" if asked.sensitivity else ".safetensors", "prune: --out")
     refuse_same(out, weights)
+    require_writable(out)
     if data is None or weights is None:
         missing = "data given, expected --data NAME" if data is None else "weights given, expected --weights FILE with the dense network"
         raise InputError(f"prune: no {missing}; or give a folder of safetensors instead of the model {what!r}")

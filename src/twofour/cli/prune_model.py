@@ -125,7 +125,8 @@ def _within(module: nn.Module, task: Task, out: Path, asked: Asked, show: Steps)
         calibration=_needed(module, task, asked),
         progress=show,
     )
-    return done.pruning, f"dense {done.dense:.2f}, 2:4 {done.value:.2f}\n{done}{_time_told(module, task, done, show)}", done.value
+    told = f"dense {done.dense:.2f}, {done.pruning.pattern} {done.value:.2f}\n{done}{_time_told(module, task, done, show)}"
+    return done.pruning, told, done.value
 
 
 def _time_told(module: nn.Module, task: Task, done: Budgeted, show: Steps) -> str:

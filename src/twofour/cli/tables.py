@@ -7,9 +7,10 @@ from rich.console import Console
 
 from twofour.builder import BuildRecord, Estimate
 from twofour.builder.estimate import H200_ERROR, NETWORKS_ERROR
-from twofour.builder.record import why_winner
+from twofour.builder.record import fallback_cost, why_winner
 from twofour.cli.console import add_row, make_table, say
 from twofour.exchange import Inspection
+from twofour.plan.program import FALLBACK
 from twofour.pruning import Pruning, Sensitivity
 from twofour.report import Measurement, units
 from twofour.report.gpu import GpuMeasurement
@@ -146,8 +147,11 @@ def print_build(record: BuildRecord, console: Console) -> None:
         us = units.NOT_KNOWN if layer.us is None else f"{layer.us:.1f}"
         share = "" if layer.share is None else units.share_text(layer.share)
         over = "" if layer.over_roofline is None else f"{layer.over_roofline:.1f}×"
-        sizes = (units.flops_text(layer.flops), units.bytes_text(layer.num_bytes), "yes" if layer.eligible else "no")
+        flops = units.NOT_KNOWN if layer.family == FALLBACK else units.flops_text(layer.flops)
+        sizes = (flops, units.bytes_text(layer.num_bytes), "yes" if layer.eligible else "no")
         add_row(table, layer.name, layer.shape, *sizes, layer.winner, us, share, over, "; ".join(others), why_winner(layer))
     console.print(table)
     excess = 100 * (record.peak_bytes / record.bound_bytes - 1) if record.bound_bytes else 0.0
     say(console, str(record), f"memory: {units.bytes_text(record.peak_bytes)}, {excess:.1f} % above the most alive at one step")
+    if cost := fallback_cost(record):
+        say(console, cost)

@@ -190,5 +190,6 @@ def export(
         inspection = inspect(aside)
         if pruning is not None and inspection.violations:
             names = [v.name for v in inspection.violations]
-            raise VerificationError(f"export: {len(names)} layers are not 2:4 in {path.name} (first: {names[:3]}); the file is discarded")
+            layers = f"{len(names)} layer{'s' if len(names) != 1 else ''}"
+            raise VerificationError(f"export: {path.name} is not 2:4 in {layers} (first: {names[:3]}); the file is discarded")
     return Exported(str(path), largest, tolerance, Inspection(str(path), inspection.kind, inspection.weights, inspection.notes))

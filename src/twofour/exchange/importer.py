@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from twofour.errors import InputError, UnsupportedError
+from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.exchange.fits import why_ill_formed
 from twofour.exchange.gathers import spread_gathers
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.exchange.support import NO_OPERATOR, why_unsupported
+from twofour.plan.record import printable
 
 logger = logging.getLogger(__name__)
 SHAPE_OF_INPUT = frozenset({"GroupNormalization", "RMSNormalization", "Swish", "HardSwish", "Mish", "Gelu", "Celu"})
@@ -37,14 +38,33 @@ def check_opset(model: ir.Model, where: str) -> None:
         )
 
 
+def fixed_batches(model: ir.Model) -> tuple[int, ...]:
+    """Return the size of each input's first axis, in order; nothing where one of them is symbolic: such a model takes any batch."""
+    sizes = [value.shape[0] for value in model.graph.inputs if value.shape and not value.is_initializer()]
+    return tuple(size for size in sizes if isinstance(size, int)) if all(isinstance(size, int) for size in sizes) else ()
+
+
+def refuse_other_batch(fixed: tuple[int, ...], batch: int, where: str) -> None:
+    """Do nothing if a model of these `fixed_batches` takes `batch`.
+
+    Raises:
+        InputError: it does not.
+    """
+    if fixed and batch not in fixed:
+        raise InputError(
+            f"import: {where!r} was exported for batches of {fixed[0]}, batch {batch} was asked for; "
+            f"ask for {fixed[0]}, or export it with a dynamic batch"
+        )
+
+
 def with_batch(model: ir.Model, batch: int, where: str) -> None:
     """Give the symbolic first axis of every input the size `batch`.
 
     Raises:
-        InputError: the batch is fixed to another size, or an input has no type or shape. UnsupportedError: another axis is symbolic, or
-            an input holds what is no number.
+        InputError: the batch is fixed to another size, an input has no type or shape, or an axis of size 0. UnsupportedError: another axis
+            is symbolic, or an input holds what is no number.
     """
-    symbols = set()
+    fixed = fixed_batches(model)
     for value in model.graph.inputs:
         if value.shape is None or value.dtype is None:
             raise InputError(f"import: input {value.name!r} of {where!r} has no type or shape; export the model with both")
@@ -57,19 +77,15 @@ def with_batch(model: ir.Model, batch: int, where: str) -> None:
                 sizes.append(size)
             elif axis == 0:
                 sizes.append(batch)
-                symbols.add(str(size))
             else:
                 raise UnsupportedError(
                     f"import: input {value.name!r} of {where!r} has the dynamic axis {axis} ({size}); "
                     "only the batch (axis 0) may be dynamic"
                 )
+        if 0 in sizes:
+            raise InputError(f"import: input {value.name!r} of {where!r} is empty, its shape is {sizes}; export the model with real sizes")
         value.shape = ir.Shape(sizes)
-    fixed = [value.shape[0] for value in model.graph.inputs if value.shape]
-    if not symbols and fixed and batch not in fixed:
-        size = fixed[0]
-        raise InputError(
-            f"import: {where!r} was exported for batches of {size}, batch {batch} was asked for; export it with a dynamic batch"
-        )
+    refuse_other_batch(fixed, batch, where)
 
 
 def refuse_bare_outputs(model: ir.Model, where: str) -> None:
@@ -150,7 +166,7 @@ def refuse_missing(model: ir.Model, where: str, found: dict[str, list[str]] | No
         listed = "; ".join(f"{kind} ({', '.join(nodes)})" for kind, nodes in found.items())
         count = sum(len(nodes) for nodes in found.values())
         raise UnsupportedError(
-            f"import: {where!r} has {count} nodes with operators that the engine lacks: {listed}; "
+            f"import: {where!r} has {count} node{'s' if count != 1 else ''} with operators that the engine lacks: {listed}; "
             "build with fallback to run them on the CPU"
         )
 
@@ -176,17 +192,23 @@ def refuse_hopeless(model: ir.Model, where: str) -> None:
     """Do nothing if what the engine lacks can be run by ONNX Runtime.
 
     Raises:
-        UnsupportedError: nodes are of a domain of their own, or the size of what they give is not known before they run.
+        UnsupportedError: nodes are of a domain of their own or hold graphs (If, Loop), or the size of what they give is not known before
+            they run.
     """
     hopeless = []
     for index, node in enumerate(model.graph):
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        if node.domain not in ("", "ai.onnx", "twofour"):
+        # What a graph inside reads from around it would be lost: a fallback is a model of its one node.
+        inner = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if inner and why_unsupported(node):
+            hopeless.append(f"{named(node, index)}, which holds a graph of its own")
+        elif node.domain not in ("", "ai.onnx", "twofour"):
             hopeless.append(f"{node.domain}.{named(node, index)}")
         elif any(value.shape is None or not all(isinstance(size, int) for size in value.shape) for value in used):
             hopeless.append(f"{named(node, index)}, whose output's size is not known before it runs")
     if hopeless:
-        raise UnsupportedError(f"import: {where!r} has {len(hopeless)} nodes that fallback cannot run either: {'; '.join(hopeless)}")
+        nodes = f"{len(hopeless)} node{'s' if len(hopeless) != 1 else ''}"
+        raise UnsupportedError(f"import: {where!r} has {nodes} that fallback cannot run either: {'; '.join(hopeless)}")
 
 
 def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
@@ -207,6 +229,15 @@ def import_graph(path: str | Path, batch: int, *, fold: Fold | None = None, fall
 
 def prepare_model(model: ir.Model, batch: int, where: str, *, fold: Fold | None = None, fallback: bool = False) -> ir.Model:
     """Return `model`, changed in place, as `import_graph` does; `where` names it in errors."""
+    try:
+        return _prepared(model, batch, where, fold, fallback)
+    except TwofourError as error:
+        # A refusal names nodes, axes and attributes as the file does.
+        raise type(error)(printable(str(error))) from None
+
+
+def _prepared(model: ir.Model, batch: int, where: str, fold: Fold | None, fallback: bool) -> ir.Model:
+    """As `prepare_model`."""
     if not 1 <= batch <= LARGEST_BATCH:
         raise InputError(f"import: batch is {batch}, expected 1 to {LARGEST_BATCH}")
     check_opset(model, where)

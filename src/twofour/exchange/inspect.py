@@ -14,6 +14,7 @@ from twofour.exchange.onnx_weights import weights_of
 from twofour.files import existing_file
 from twofour.pattern import GroupCount, count_groups
 from twofour.plan import Plan
+from twofour.plan.record import one_line
 from twofour.pruning.record import PRUNING_KEY, Pruning
 
 
@@ -142,7 +143,7 @@ def parse_onnx(data: bytes, where: str) -> ir.Model:
     except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where!r} is not a readable ONNX file: {error}") from error
+        raise InputError(f"{where!r} is not a readable ONNX file: {one_line(str(error))}") from error
 
 
 def inspect_safetensors(path: Path) -> Inspection:
@@ -250,4 +251,4 @@ def parse_onnx_file(path: Path) -> ir.Model:
     except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{str(path)!r} is not a readable ONNX file: {error}") from error
+        raise InputError(f"{str(path)!r} is not a readable ONNX file: {one_line(str(error))}") from error

@@ -73,6 +73,11 @@ def _checked(hint: Any, data: Any, where: str, depth: int) -> Any:
         if len(inner) != len(data):
             raise InputError(f"{where} holds {len(data)} values, expected {len(inner)}")
         return tuple(_checked(want, item, where, depth + 1) for want, item in zip(inner, data, strict=True))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise InputError(f"{where} is {_shown(data)}, expected an object")
+        key, value = get_args(hint)
+        return {_checked(key, name, where, depth + 1): _checked(value, item, f"{where}.{name}", depth + 1) for name, item in data.items()}
     if hint is Any:
         if isinstance(data, (list, tuple)):
             return tuple(_checked(Any, item, where, depth + 1) for item in data)

@@ -70,6 +70,12 @@ class Plan:
         """Bytes of the payload."""
         return sum(array.nbytes for array in self.payload.values())
 
+    @property
+    def fixed_batches(self) -> tuple[int, ...]:
+        """The size of each input's first axis, in order; nothing where one of them is open: such a plan takes any batch."""
+        sizes = [value.shape[0] for value in self.inputs if value.shape]
+        return () if None in sizes else tuple(size for size in sizes if size is not None)
+
     def __str__(self) -> str:
         ins, outs = ", ".join(map(str, self.inputs)), ", ".join(map(str, self.outputs))
         return f"Plan({self.backend} on {self.device}, {self.precision}, {ins} -> {outs}, {self.num_bytes:,} bytes)"
@@ -111,7 +117,9 @@ class Plan:
                     raise PlanFormatError(f"{str(path)!r} is a safetensors file but no plan; make one with twofour build")
                 payload = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise PlanFormatError(f"plan {str(path)!r} is damaged: {error}") from error
+            raise PlanFormatError(
+                one_line(f"plan {str(path)!r} is damaged, or was never one: {error}; make one with twofour build")
+            ) from error
         return cls._from_header(metadata[KEY], payload, str(path))
 
     @classmethod
@@ -119,7 +127,7 @@ class Plan:
         try:
             return cls._read_header(text, payload, where)
         except PlanFormatError as error:
-            raise PlanFormatError(_one_line(str(error))) from error
+            raise PlanFormatError(one_line(str(error))) from error
 
     @classmethod
     def _read_header(cls, text: str, payload: dict[str, npt.NDArray[Any]], where: str) -> "Plan":
@@ -144,7 +152,7 @@ class Plan:
         except PlanFormatError:
             raise
         except InputError as error:
-            raise PlanFormatError(f"plan {where!r} is damaged: {_one_line(str(error))}") from error
+            raise PlanFormatError(f"plan {where!r} is damaged: {one_line(str(error))}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise PlanFormatError(f"plan {where!r} is damaged: its description cannot be read ({error!r})") from error
         for what, value, known in (
@@ -169,9 +177,14 @@ class Plan:
         return plan
 
 
-def _one_line(text: str, most: int = 600) -> str:
-    """A message of bounded length on one line, whatever a file put into it."""
-    line = " ".join(text.split())
+def printable(text: str) -> str:
+    """Return `text` with a `?` for each character that a terminal would obey, whatever a file put into it."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def one_line(text: str, most: int = 600) -> str:
+    """Return a message of bounded length on one line that a terminal shows as it is."""
+    line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[:most]} ..."
 
 

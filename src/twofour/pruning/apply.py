@@ -116,9 +116,7 @@ def prepare(
     records, notes = survey(model, example_inputs, pattern=parsed, include=include, exclude=exclude)
     given = None if calibration is None else Calibration(reusable(calibration), example_inputs)
     ready = Prepared(how, parsed, records, notes, given, earlier=carried(model))
-    for name in ready.names:
-        if not is_finite(parameters[name].detach()):
-            raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
+    refuse_unwritable(parameters, ready.names)
     if permute is not False and str(parsed) == "2:4":
         scores = permutation_scores(model, ready.names, how, given, progress)
         seconds = None if permute is True else float(permute)
@@ -230,6 +228,28 @@ def refuse_unreadable(parameters: Mapping[str, Tensor]) -> None:
             raise InputError(f"weight {name!r} is sharded over processes, expected a whole model; prune before fully_shard")
 
 
+def refuse_unwritable(parameters: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Raise InputError for a weight to prune that has no sound values of its own, or that cannot be written in place."""
+    at: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        if pointer := parameter.data_ptr():
+            at.setdefault(pointer, []).append(name)
+    for name in names:
+        weight = parameters[name].detach()
+        if not is_finite(weight):
+            raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise InputError(f"weight {name!r} was made in inference mode, expected one that can be written; make the model outside of it")
+        if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            raise InputError(f"weight {name!r} is expanded, expected memory of its own for every value; replace it by a contiguous clone")
+        other = next((other for other in at.get(weight.data_ptr(), ()) if other != name), None)
+        if other is not None:
+            raise InputError(
+                f"weight {name!r} lies in the memory of {other!r}, expected memory of its own; "
+                "tie the layers by one parameter, or replace it by a clone"
+            )
+
+
 def _fitting(record: LayerRecord, pattern: Pattern) -> LayerRecord:
     reason = pattern.why_not(record.shape) if record.eligible else ""
     return replace(record, eligible=False, reason=reason) if reason else record
@@ -258,6 +278,8 @@ def write(
 ) -> None:
     """Write new values, set the dropped ones to +0 and re-estimate; put the weights back if that fails.
 
+    Without batch-norm to re-estimate no copy is kept, so an interruption in the midst of the writing leaves it half done.
+
     Args:
         calibration: batches to re-estimate batch-norm on, None for none.
         notes: gets what was re-estimated, or why not.
@@ -269,14 +291,14 @@ def write(
         calibration = None
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in choices} if calibration is not None else {}
-    with torch.no_grad():
-        for name, choice in choices.items():
-            if choice.weight is not None:
-                parameters[name].copy_(choice.weight)
-            fill_zero(parameters[name], ~choice.mask)
-    if calibration is None:
-        return
     try:
+        with torch.no_grad():
+            for name, choice in choices.items():
+                if choice.weight is not None:
+                    parameters[name].copy_(choice.weight)
+                fill_zero(parameters[name], ~choice.mask)
+        if calibration is None:
+            return
         _, note = measured_anew(model, calibration, num_inputs)
     except BaseException:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twofour.errors import InputError
 from twofour.files import write_text, written_aside
+from twofour.pruning.calibration import tensors_in
 from twofour.pruning.methods.method import Choice
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def digest_of(tensors: list[Tensor]) -> str:
     return sha.hexdigest()
 
 
+def given_tensors(batches: "list[Batch]") -> list[Tensor]:
+    """Return, batch by batch, each tensor that the blocks are called with once: activations, then masks and the like."""
+    return [t for batch in batches for t in {id(t): t for t in (batch.hidden, *tensors_in(batch.others))}.values()]
+
+
 class Journal:
     """Finished blocks on disk. One process at a time may use a folder.
 
@@ -42,7 +48,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, options: dict[str, Any], batches: "list[Batch]") -> None:
         self.folder = Path(folder)
-        begun = {"schema": SCHEMA, **options, "calibration": digest_of([batch.hidden for batch in batches])}
+        begun = {"schema": SCHEMA, **options, "calibration": digest_of(given_tensors(batches))}
         path = self.folder / NAME
         if path.is_file():
             try:

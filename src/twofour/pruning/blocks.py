@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofour.errors import InputError, TwofourError
 from twofour.pattern import Pattern
-from twofour.pruning.apply import is_finite, kept_magnitude, survey
+from twofour.pruning.apply import kept_magnitude, refuse_unwritable, survey
 from twofour.pruning.block_files import Journal
 from twofour.pruning.block_inputs import Batch, capture_inputs, run_block
 from twofour.pruning.calibration import device_of, is_out_of_memory, out_of_memory, refusal
@@ -81,9 +81,7 @@ def prune_blocks(
     inside = {name for block in found for name in block.weights}
     records = [r if r.name in inside or not r.eligible else replace(r, eligible=False, reason="outside the blocks") for r in records]
     parameters = dict(model.named_parameters())
-    for name in sorted(inside):
-        if not is_finite(parameters[name].detach()):
-            raise InputError(f"weight {name!r} holds NaN or infinity, expected finite values; load a sound checkpoint")
+    refuse_unwritable(parameters, sorted(inside))
     batches = capture_inputs(model, [block.module for block in found], calibration, len(example_inputs))
     options = {"method": method, "pattern": str(parsed), "weights": sorted(inside)}
     journal = Journal(resume, options, batches) if resume is not None else None

@@ -160,15 +160,20 @@ def sensitivity(
     return result
 
 
-def _finite(value: float, metric: str, when: str) -> float:
-    """Return `value`; one that is not finite could be neither ranked nor drawn.
+def _finite(value: Any, metric: str, when: str) -> float:
+    """Return `value`, a number or a tensor of one; what is not finite could be neither ranked nor drawn.
 
     Raises:
-        InputError: it is not finite.
+        InputError: it is no number, or not finite.
     """
-    if not math.isfinite(value):
-        raise InputError(f"sensitivity: {metric} {when} is {value}, expected a finite number; check the evaluation, or exclude the layer")
-    return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise InputError(f"sensitivity: {metric} {when} is of {kind}, expected a number; have the evaluation return one") from error
+    if not math.isfinite(number):
+        raise InputError(f"sensitivity: {metric} {when} is {number}, expected a finite number; check the evaluation, or exclude the layer")
+    return number
 
 
 def _calibration_digest(batches: Iterable[Any] | None) -> str | None:
@@ -224,7 +229,7 @@ class Budgeted:
         now, before = 100 * self.pruning.share_of_flops, 100 * self.flops_share_all
         return (
             f"Budgeted({len(self.kept_dense)} of {len(self.kept_dense) + len(self.pruning.pruned)} layers stay dense: {now:.1f} instead of "
-            f"{before:.1f} % of FLOPs are 2:4; metric {self.dense:.2f} → {self.value:.2f})"
+            f"{before:.1f} % of FLOPs are {self.pruning.pattern}; metric {self.dense:.2f} → {self.value:.2f})"
         )
 
 
@@ -271,7 +276,7 @@ def prune_within(
             """Whether leaving the `count` costliest layers dense is enough."""
             some = {name: choices[name] for name in ranked[count:]}
             with tried(model, some, again, len(example_inputs)):
-                values[count] = evaluate(model)
+                values[count] = float(evaluate(model))
             if progress is not None:
                 progress("pruning tried", len(values), None)
             return sign * (measured.dense - values[count]) <= budget

@@ -1,7 +1,6 @@
 """What layers left dense for a budget cost in time: the network as it is beside the same with those layers 2:4, both built here."""
 
 import copy
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from twofour.builder import BuildRecord, build
+from twofour.builder import build, records_of
 from twofour.builder.gpu import require_gpu
 from twofour.exchange import export
 from twofour.pattern import Pattern
@@ -66,7 +65,7 @@ def time_of_budget(
                 prune_all(whole, done)
             export(whole, inputs, path)
             plan = build(path, batch=(batch,), precision=precision, device="cuda", timing_cache=cache, progress=progress)
-            records.append(BuildRecord.from_json(json.dumps(plan.about["builds"][0])))
+            records.append(records_of(plan.about)[0])
     now, every = records
     return BudgetTime(now.gpu, batch, precision, now.total_us, every.total_us)
 

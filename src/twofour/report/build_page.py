@@ -1,5 +1,6 @@
 """The build report as one self-contained HTML page: where the time goes, and for every layer what was tried and why it runs as it does."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from twofour.builder.record import BuildRecord
@@ -24,3 +25,8 @@ def write_build(record: BuildRecord, path: str | Path) -> None:
         InputError: the folder does not exist or cannot be written.
     """
     write_text(path, render_build(record))
+
+
+def page_names(records: Sequence[BuildRecord], path: Path) -> list[Path]:
+    """Return the pages of a plan's build reports: `path`, or for several batch sizes one each, named by the size."""
+    return [path if len(records) == 1 else path.with_stem(f"{path.stem}-{record.batch}") for record in records]

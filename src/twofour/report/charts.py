@@ -229,11 +229,12 @@ def flops_by_layer(layers: Sequence[LayerRow], *, width: int, name: str) -> str:
 
 
 def time_by_layer(layers: Sequence["LayerRecord"], *, width: int, name: str) -> str:
-    """Return the winner's time of each layer of a build that was timed, in order, coloured by whether it uses the zeros."""
+    """Return the winner's time of each layer of a build that was timed, in order, coloured by whether it uses the zeros, or the CPU."""
     timed = [layer for layer in layers if layer.us is not None]
     values = [layer.us or 0.0 for layer in timed]
-    colours = [SPARSE if layer.sparse else DENSE for layer in timed]
+    colours = [SPARSE if layer.sparse else DENSE if layer.copy_us is None else CONTROL for layer in timed]
     titles = {f"layer{i}": f"{layer.name}: {significant(layer.us or 0.0)} µs, {layer.winner}" for i, layer in enumerate(timed)}
+    titles |= {f"layer{i}": f"{titles[f'layer{i}']}, of it copies {significant(l.copy_us)} µs" for i, l in enumerate(timed) if l.copy_us}
     label = f"Bar chart: microseconds of {len(timed)} layers, by whether they run 2:4"
     return _layer_bars([layer.name for layer in timed], values, colours, titles, "µs a batch", label, width=width, name=name)
 

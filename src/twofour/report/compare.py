@@ -134,5 +134,5 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> None:
         InputError: there are fewer than two runs, or the file cannot be written.
     """
     if len(runs) < 2:
-        raise InputError(f"report: {len(runs)} runs to compare, expected at least two")
+        raise InputError(f"report: {len(runs)} run{'s' if len(runs) != 1 else ''} to compare, expected at least two")
     write_text(path, render(runs))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twofour.builder import build
+from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.errors import InputError
 from twofour.files import existing_file
 from twofour.plan import Plan
@@ -77,10 +78,29 @@ def plan_of(thing: str | Path | Plan) -> Plan:
     return build(path) if path.suffix == ".onnx" else Plan.load(path)
 
 
+def batches_of(plans: Mapping[str, Plan]) -> tuple[int, ...]:
+    """Return the batch sizes that are meant where none are given: those that every plan was made for, else 1 and 32.
+
+    A GPU plan was made for its programs' sizes, another for the one that its inputs are fixed to, if any.
+
+    Raises:
+        InputError: the plans share none.
+    """
+    made = {name: plan.batches if plan.backend == "cuda" else plan.fixed_batches[:1] for name, plan in plans.items()}
+    own = {name: sizes for name, sizes in made.items() if sizes}
+    if not own:
+        return BATCHES
+    shared = [size for size in next(iter(own.values())) if all(size in sizes for sizes in own.values())]
+    if not shared:
+        said = ", ".join(f"{name!r} {list(sizes)}" for name, sizes in own.items())
+        raise InputError(f"measure: no batch size is one of every plan's ({said}), expected one; measure them apart")
+    return tuple(shared)
+
+
 def measure(
     things: str | Path | Plan | Mapping[str, str | Path | Plan] | Sequence[str | Path],
     *,
-    batch: Sequence[int] = (1, 32),
+    batch: int | Sequence[int] | None = None,
     seconds: float = 2.0,
     memory: bool = True,
     device: int = 0,
@@ -91,12 +111,14 @@ def measure(
 
     Args:
         things: plans or ONNX files; a mapping gives them names.
+        batch: batch size or sizes; by default those that the files were made for, else 1 and 32.
         seconds: time for each batch size, all things together, after a warm-up.
         memory: also measure the peak memory of each, in a process of its own; of a GPU plan it is the device memory that it takes.
         device: number of the GPU for GPU plans.
 
     Raises:
-        InputError: a file is missing or neither plan nor ONNX, a batch below 1, two things of one name, plans of both kinds.
+        InputError: a file is missing or neither plan nor ONNX, no batch size or one that no tensor has, two things of one name, plans of
+            both kinds.
     """
     if isinstance(things, str | Path | Plan):
         things = {_name(things): things}
@@ -105,13 +127,14 @@ def measure(
         if len(named) < len(things):
             raise InputError("measure: two of the files are the same, expected each once")
         things = named
-    if not things or not batch or any(b < 1 for b in batch):
-        raise InputError(f"measure: {len(things)} things at batch {list(batch)}, expected at least one thing and sizes of 1 or more")
+    sizes = batch_sizes(batch, "measure")
+    if not things:
+        raise InputError("measure: no plan or ONNX file is given, expected at least one")
     plans = {name: plan_of(thing) for name, thing in things.items()}
     if on_gpu := [name for name, plan in plans.items() if plan.backend == "cuda"]:
         if len(on_gpu) < len(plans):
             raise InputError(f"measure: {on_gpu[0]!r} runs on a GPU and others on the CPU, expected one kind; measure them apart")
-        return _on_gpu(plans, batch, memory, device)
+        return _on_gpu(plans, sizes or batches_of(plans), memory, device)
     engines = {name: Engine(plan) for name, plan in plans.items()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +142,7 @@ def measure(
         if memory:
             for name, plan in plans.items():
                 plan.save(files[name])
-        for size in batch:
+        for size in sizes or batches_of(plans):
             calls = {}
             for name, engine in engines.items():
                 inputs = engine.random_inputs(size)

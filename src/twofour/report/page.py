@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from twofour.builder.record import BuildRecord, why_winner
+from twofour.builder.record import NO_GRAPH, BuildRecord, fallback_cost, why_winner
 from twofour.files import write_text
 from twofour.report import charts, summary, units
 from twofour.report.record import Report
@@ -73,6 +73,7 @@ def _filters(decimals: int, metric_unit: str) -> dict[str, Callable[..., Markup]
         "share": _optional(units.share_text),
         "change": _optional(lambda value: units.signed(100 * value, 1) + " %"),
         "ms": _optional(units.milliseconds_text),
+        "microseconds": _optional(lambda value: f"{units.significant(value)} µs"),
         "plain": _optional(units.significant),
         "times": _optional(lambda value: f"{units.significant(value)}×"),
         "millijoules": _optional(lambda value: f"{units.significant(1e3 * value)} mJ"),
@@ -166,7 +167,7 @@ def make_environment(reports: Sequence[Report]) -> jinja2.Environment:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     unit = reports[0].metric_unit if len({report.metric_unit for report in reports}) == 1 else ""
     environment.filters.update(_filters(max(map(metric_decimals, reports), default=2), unit))
-    environment.globals.update(why_winner=why_winner, most_unframed=MOST_UNFRAMED_LAYERS)
+    environment.globals.update(why_winner=why_winner, fallback_cost=fallback_cost, no_graph=NO_GRAPH, most_unframed=MOST_UNFRAMED_LAYERS)
     return environment
 
 

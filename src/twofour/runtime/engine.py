@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from twofour.errors import InputError
 from twofour.plan import Plan, ValueSpec
+from twofour.runtime.host import host_array
 
 Array = npt.NDArray[Any]
 
@@ -90,9 +91,9 @@ class Engine:
         Raises:
             InputError: the plan's batch is fixed and another.
         """
-        sizes = {spec.shape[0] for spec in self.plan.inputs if spec.shape and spec.shape[0] is not None}
-        if sizes - {batch}:
-            raise InputError(f"engine: batch {batch} was asked for, the plan takes batches of {min(sizes - {batch})} only")
+        fixed = self.plan.fixed_batches
+        if fixed and batch not in fixed:
+            raise InputError(f"engine: batch {batch} was asked for, the plan takes batches of {fixed[0]} only")
         rng = np.random.default_rng(seed)
         values: list[Array] = []
         for spec in self.plan.inputs:
@@ -106,7 +107,8 @@ class Engine:
     def _checked(self, inputs: tuple[Any, ...]) -> list[Array]:
         specs = self.plan.inputs
         if len(inputs) != len(specs):
-            raise InputError(f"engine: {len(inputs)} inputs given, expected {len(specs)}: {', '.join(map(str, specs))}")
+            number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
+            raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
         arrays = [_as_array(value, spec) for value, spec in zip(inputs, specs, strict=True)]
         batches: set[int] = set()
         for array, spec in zip(arrays, specs, strict=True):
@@ -125,7 +127,7 @@ def _as_array(value: Any, spec: ValueSpec) -> Array:
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value)
     if type(value).__module__.split(".")[0] == "torch":
-        return np.ascontiguousarray(value.detach().cpu().numpy())
+        return np.ascontiguousarray(host_array(value, spec))
     if hasattr(value, "__dlpack__"):
         return np.ascontiguousarray(np.from_dlpack(value))
     raise InputError(f"engine: input {spec.name!r} is a {type(value).__name__}, expected a NumPy array, a torch tensor or a DLPack object")

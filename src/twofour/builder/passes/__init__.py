@@ -55,10 +55,10 @@ __all__ = [
 
 def pipeline(precision: str) -> list[Rewrite]:
     """Return the passes in their order: recognise, fold, lay out, fuse, place, copy, type."""
-    recognise = [FoldConstants(), DeadCode(), Activations(), Norms(), BatchNorms(), FoldPads(), Attentions(), Linears(), FoldScales()]
+    recognise = [FoldConstants(), DeadCode(), Activations(), Norms(), BatchNorms(precision), FoldPads(), Attentions(), Linears()]
     lay_out = [SqueezeExcite(), Layout(), Elementwise(), SinkTransposes()]
-    fuse = [Epilogues(), FusePointwise(), MergeShortcuts(), GatherPatches(), WidenChannels()]
-    return [*recognise, *lay_out, *fuse, ConcatInPlace(), Identities(), Precision(precision)]
+    fuse = [Epilogues(precision), FusePointwise(), MergeShortcuts(), GatherPatches(), WidenChannels()]
+    return [*recognise, FoldScales(precision), *lay_out, *fuse, ConcatInPlace(), Identities(), Precision(precision)]
 
 
 def prepare(model: ir.Model, precision: str) -> ir.Model:

@@ -16,6 +16,7 @@ from twofour.builder.graph import (
     replace,
     shape_of,
 )
+from twofour.builder.passes.folding import bias_of, fold_scale
 from twofour.builder.passes.infra import Rewrite, forbid
 
 
@@ -23,8 +24,12 @@ class BatchNorms(Rewrite):
     """Removes BatchNormalization: y = x s + t with s = scale / sqrt(variance + eps), t = bias - mean s.
 
     1. Behind a convolution read only by it: w' = s w, b' = s b + t. Zeros of w stay zeros, so a 2:4 weight stays 2:4.
-    2. Anywhere else: Mul and Add with `[C, 1, …]` constants, which other passes fuse.
+    2. Anywhere else, and what 1 leaves so that weights keep their digits: Mul and Add with `[C, 1, …]` constants, which other passes fuse.
     """
+
+    def __init__(self, precision: str) -> None:
+        """Take the precision that weights will be rounded to."""
+        self.precision = precision
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Fold or spell out every norm whose statistics are constants."""
@@ -48,37 +53,13 @@ class BatchNorms(Rewrite):
         assert x is not None
         weight = constant_of(before.inputs[1]) if is_op(before, "Conv") and before is not None else None
         if before is not None and weight is not None and only_use(x) is node and bias_of(before) is not None:
-            fold_into(graph, before, factor, addend)  # 1
-            replace(graph, node.outputs[0], before.outputs[0])
-            return
+            rest = fold_scale(graph, before, node.outputs[0], factor, addend, self.precision)  # 1
+            if rest is None:
+                replace(graph, node.outputs[0], before.outputs[0])
+                return
+            factor = rest
         column = (-1, *[1] * (len(shape_of(x)) - 2))
         stem = str(node.outputs[0].name)
         constants = [add_constant(graph, v.reshape(column), f"{stem}.{name}") for v, name in ((factor, "scale"), (addend, "shift"))]
         product = make_node(graph, node, "Mul", [x, constants[0]], shape_of(x), domain="", like=node)
         replace(graph, node.outputs[0], make_node(graph, node, "Add", [product, constants[1]], shape_of(x), domain="", like=node))  # 2
-
-
-def bias_of(node: ir.Node) -> Array | None:
-    """Return the bias of a Conv or Linear with a constant weight, zeros where it has none, None where it is computed."""
-    weight = constant_of(node.inputs[1])
-    if weight is None:
-        return None
-    if len(node.inputs) < 3 or node.inputs[2] is None:
-        return np.zeros(weight.shape[0])
-    bias = constant_of(node.inputs[2])
-    return None if bias is None else bias.astype(np.float64)
-
-
-def fold_into(graph: ir.Graph, node: ir.Node, factor: Array, addend: Array) -> None:
-    """Give a Conv or Linear the weight `factor w` and the bias `factor b + addend`, an output channel each."""
-    weight, bias = constant_of(node.inputs[1]), bias_of(node)
-    assert weight is not None
-    assert bias is not None
-    stem = str(node.inputs[1].name)  # type: ignore[union-attr]
-    scaled = weight.astype(np.float64) * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    if np.any(factor != 1):
-        node.replace_input_with(1, add_constant(graph, scaled, f"{stem}.folded"))
-    shift = add_constant(graph, factor * bias + addend, f"{stem}.bias")
-    if len(node.inputs) < 3:
-        node.resize_inputs(3)
-    node.replace_input_with(2, shift)

@@ -1,9 +1,13 @@
 """Epilogue fusion: activation and residual behind a convolution or linear layer are computed where its sums are still in registers."""
 
+import json
+
 import numpy as np
 import onnx_ir as ir
 
 from twofour.builder.graph import (
+    Array,
+    add_constant,
     attribute,
     attributes_of,
     constant_of,
@@ -15,7 +19,7 @@ from twofour.builder.graph import (
     replace,
     shape_of,
 )
-from twofour.builder.passes.batch_norm import bias_of, fold_into
+from twofour.builder.passes.folding import bias_of, fold_scale
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import is_sum_of_two, program_of, unary_of
 from twofour.builder.strided import row_major
@@ -34,11 +38,16 @@ def is_packed(value: ir.Value) -> bool:
 class Epilogues(Rewrite):
     """Fuses a Pointwise behind a Conv or Linear that only it reads: y = activation(sums + bias + residual).
 
-    0. A constant, one number a channel, that multiplies or is added: into weight and bias (a scale that a transpose had hidden before).
+    0. A constant, one number a channel, that multiplies or is added: into weight and bias (a scale that a transpose had hidden before);
+       where weights would lose digits, powers of two stay a Pointwise.
     1. A sum with a value of the same shape that lies without gaps or repeats becomes the residual; of two layers the later one takes it,
        so that the other is done.
     2. An activation that the family's kernels have. After it nothing more is fused: the epilogue's order is fixed.
     """
+
+    def __init__(self, precision: str) -> None:
+        """Take the precision that weights will be rounded to."""
+        self.precision = precision
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Fuse in graph order, so that sum and activation behind it both fuse."""
@@ -75,10 +84,24 @@ class Epilogues(Rewrite):
                 continue
             vector = np.broadcast_to(number.reshape(-1).astype(np.float64), (outputs,))
             product = steps[0][0] == "mul"
-            fold_into(graph, layer, vector if product else np.ones(outputs), np.zeros(outputs) if product else vector)
+            factor, addend = (vector, np.zeros(outputs)) if product else (np.ones(outputs), vector)
+            rest = fold_scale(graph, layer, node.outputs[0], factor, addend, self.precision)
+            if rest is not None:
+                return None if np.array_equal(rest, factor) else self._product(graph, node, value, rest)  # type: ignore[arg-type]
             residual = layer.inputs[3] if len(layer.inputs) > 3 else None
             return self._fused(graph, node, layer, residual, "none")
         return None
+
+    def _product(self, graph: ir.Graph, node: ir.Node, value: ir.Value, factor: Array) -> ir.Node:
+        """Return what multiplies a layer's output by one number a channel, in the place of `node`."""
+        inputs = [value, add_constant(graph, factor, f"{node.outputs[0].name}.scale")]
+        program = {"program": json.dumps([["mul", ["in", 0], ["in", 1]]])}
+        new = make_node(graph, node, "Pointwise", inputs, shape_of(node.outputs[0]), program, like=node)
+        replace(graph, node.outputs[0], new)
+        graph.remove(node, safe=True)
+        made = new.producer()
+        assert made is not None
+        return made
 
     def _residual(self, graph: ir.Graph, node: ir.Node, places: dict[int, int]) -> ir.Node | None:  # 1
         if not is_sum_of_two(node) or node.inputs[0] is node.inputs[1]:

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import constant_of, elements, is_fused, make_node, nodes_of, only_use, replace, shape_of
+from twofour.builder.graph import Array, constant_of, elements, is_fused, make_node, nodes_of, only_use, replace, shape_of
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.passes.programs import program_of
 from twofour.errors import InputError
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 SMALLEST = {ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}  # numbers with all their digits
+ROUNDING = {ir.DataType.FLOAT16: 2.0**-11, ir.DataType.BFLOAT16: 2.0**-8}  # the most that it changes one of them by, relative to it
 CONVERTS = ("Pointwise", "Copy", "Pad", "Patches", "Concat", "View")
 WRITES_FP32 = ("Pointwise", "Copy", "Reduce")
 SMALL = 4096  # constants up to this many elements cost nothing in fp32
@@ -25,7 +27,8 @@ class Precision(Rewrite):
        reader a Copy converts.
     3. Outputs of the graph stay fp32: Pointwise, Copy, Reduce, Linear write them so; behind any other step a Copy converts.
     4. Constants: weights, biases, scales and anything small stay fp32 (packing rounds the weights); a large constant that an element-wise
-       step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type.
+       step reads, and every operand of a Concat, MatMul or Attention, becomes the 16-bit type; the former not where it is so small as a
+       whole that it would lose digits.
     5. What a program with a constant too small for the 16-bit type computes, for programs alone, stays fp32: max(norm, 1e-12) would be 0
        in fp16, and x / 0 no number.
     """
@@ -114,10 +117,16 @@ class Precision(Rewrite):
             if value is None or array is None or value.dtype != ir.DataType.FLOAT:
                 continue
             always = is_fused(node, "Concat", "MatMul", "Attention", "View", "Pad")
-            if always or (is_fused(node, "Pointwise", "Copy") and elements(value) > SMALL):
+            large = is_fused(node, "Pointwise", "Copy") and elements(value) > SMALL
+            if always or (large and self._holds(array)):
                 node.replace_input_with(index, self._converted(graph, value))
                 count += 1
         return count
+
+    def _holds(self, array: Array) -> bool:
+        """Whether small numbers cost an array as a whole no more than rounding does."""
+        flat = array.reshape(-1).astype(np.float64)
+        return bool(lost(flat, self.dtype) <= ROUNDING[self.dtype] * np.linalg.norm(flat))
 
     def _converted(self, graph: ir.Graph, value: ir.Value) -> ir.Value:
         """Return the 16-bit version of a constant, made once."""
@@ -155,6 +164,17 @@ class Precision(Rewrite):
 def too_small(step: Sequence[Any], dtype: ir.DataType) -> bool:
     """Whether an instruction has a constant other than 0 that `dtype` cannot hold with all its digits."""
     return any(kind == "c" and 0 < abs(number) < SMALLEST[dtype] for kind, number in step[1:])
+
+
+def lost(array: Array, dtype: ir.DataType) -> Array:
+    """Return the root of the sum of squares, along the last axis, of what rounding to `dtype` changes numbers below the smallest normal by.
+
+    They are rounded to multiples of 2 ROUNDING SMALLEST; larger ones change by at most ROUNDING times themselves, which is not counted.
+    """
+    step = 2 * ROUNDING[dtype] * SMALLEST[dtype]
+    small = np.where(np.abs(array) < SMALLEST[dtype], array, 0)
+    found: Array = np.linalg.norm(small - step * np.rint(small / step), axis=-1)
+    return found
 
 
 def make_copy(graph: ir.Graph, value: ir.Value, at: ir.Node, *, behind: bool = False) -> ir.Value:

@@ -3,8 +3,20 @@
 import numpy as np
 import onnx_ir as ir
 
-from twofour.builder.graph import Array, constant_of, is_fused, is_op, nodes_of, only_use, producer, replace, shape_of
-from twofour.builder.passes.batch_norm import bias_of, fold_into
+from twofour.builder.graph import (
+    Array,
+    add_constant,
+    constant_of,
+    is_fused,
+    is_op,
+    make_node,
+    nodes_of,
+    only_use,
+    producer,
+    replace,
+    shape_of,
+)
+from twofour.builder.passes.folding import bias_of, fold_scale
 from twofour.builder.passes.infra import Rewrite
 
 
@@ -14,8 +26,13 @@ class FoldScales(Rewrite):
     1. Mul, Div: w' = s w, b' = s b.
     2. Add, Sub: b' = b + t.
 
-    Zeros of the weight stay zeros.
+    Zeros of the weight stay zeros. Where an output channel's weights would lose digits, a Mul by powers of two stays, and what is added
+    behind it.
     """
+
+    def __init__(self, precision: str) -> None:
+        """Take the precision that weights will be rounded to."""
+        self.precision = precision
 
     def rewrite(self, graph: ir.Graph) -> int:
         """Fold in graph order, so that a multiply and an add behind it both fold."""
@@ -38,11 +55,19 @@ class FoldScales(Rewrite):
             one, zero = np.ones_like(channels), np.zeros_like(channels)
             factor = channels if node.op_type == "Mul" else 1 / channels if node.op_type == "Div" else one
             addend = channels if node.op_type == "Add" else -channels if node.op_type == "Sub" else zero
-            fold_into(graph, layer, factor, addend)
-            replace(graph, node.outputs[0], value)
+            rest = fold_scale(graph, layer, node.outputs[0], factor, addend, self.precision)
+            if rest is not None and np.array_equal(rest, factor):
+                return False
+            replace(graph, node.outputs[0], value if rest is None else self._product(graph, node, layer, value, rest))
             graph.remove(node, safe=True)
             return True
         return False
+
+    def _product(self, graph: ir.Graph, node: ir.Node, layer: ir.Node, value: ir.Value, factor: Array) -> ir.Value:
+        """Return the layer's output times one number an output channel."""
+        column = factor.reshape(-1, *[1] * (len(shape_of(value)) - 2)) if is_op(layer, "Conv") else factor
+        constant = add_constant(graph, column, f"{node.outputs[0].name}.scale")
+        return make_node(graph, node, "Mul", [value, constant], shape_of(value), domain="", like=node)
 
     def _an_output_channel(self, layer: ir.Node, constant: Array, rank: int) -> Array | None:
         """Return one fp64 number an output channel, None where the constant varies along another axis."""

@@ -16,7 +16,7 @@ from twofour.builder.graph import (
     replace,
     shape_of,
 )
-from twofour.builder.passes.batch_norm import bias_of
+from twofour.builder.passes.folding import bias_of
 from twofour.builder.passes.infra import Rewrite
 from twofour.builder.strided import row_major
 from twofour.pattern import count_groups

@@ -87,6 +87,26 @@ class Bench:
         handle = self.handle() if way.library == "cudnn" else None
         return launchable(way.family, way.library, way.problem, way.config, way.algorithm, device=self.device, handle=handle)
 
+    def copies(self, to_host: Sequence[int], to_gpu: Sequence[int]) -> Callable[[], None]:
+        """Return what copies values of so many bytes each to the host and to the GPU, as an engine does around a step on the CPU.
+
+        One value after the other, each waited for, what comes from the GPU into memory that the host has just allocated.
+        """
+        d, stream = bindings(), self.watch.stream
+        sources, targets = ([Buffer(size) for size in sizes] for sizes in (to_host, to_gpu))
+        results = [np.ones(size, np.uint8) for size in to_gpu]
+
+        def copy() -> None:
+            for source, size in zip(sources, to_host, strict=True):
+                host = np.empty(size, np.uint8)
+                check(d.cuMemcpyDtoHAsync(host.ctypes.data, source.pointer, size, stream), "copying from the GPU")
+                self.watch.synchronize()
+            for target, host in zip(targets, results, strict=True):
+                check(d.cuMemcpyHtoDAsync(target.pointer, host.ctypes.data, host.nbytes, stream), "copying to the GPU")
+                self.watch.synchronize()
+
+        return copy
+
     def time(self, ways: Sequence[Way], weight_of: Callable[[Way], Array] | None = None) -> list[Timed]:
         """Return every way's figure, the ways interleaved; a way that cannot run says why.
 

@@ -202,7 +202,7 @@ def choose_all(
             remembered.save()
     if refused:
         raise UnsupportedError(
-            f"build: {len(refused)} layers cannot be computed with tactics {tactics!r}: "
+            f"build: {len(refused)} layer{'s' if len(refused) != 1 else ''} cannot be computed with tactics {tactics!r}: "
             + ", ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         )
     return [known[key_of(call, sparsity, libraries)] for call in calls if call.family != "fallback"]

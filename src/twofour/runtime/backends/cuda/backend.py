@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from twofour.errors import InputError, PlanFormatError
-from twofour.kernels.families import OURS
 from twofour.kernels.launchable import Launchable, launchable, sources_digests
 from twofour.plan import Plan, ValueSpec
 from twofour.plan.program import ALIGN, FALLBACK, Program, Step
@@ -131,12 +130,23 @@ class CudaBackend:
             graph=self._part(step, "graph"),
             handle=self._handle() if step.library == "cudnn" else None,
         )
+        if step.library == "cusparselt":
+            self._refuse_other_cusparselt(step, made)
         if made.workspace_bytes > program.workspace_bytes:
             raise PlanFormatError(
                 f"plan: step {step.name!r} needs {made.workspace_bytes} bytes of workspace here, batch {program.batch} has "
                 f"{program.workspace_bytes}; build the plan again on this machine"
             )
         return made
+
+    def _refuse_other_cusparselt(self, step: Step, made: Launchable) -> None:
+        # NOTE: a compressed weight is in a form of the library's own; another version may read it otherwise without an error.
+        installed, built = str(getattr(getattr(made, "call", None), "version", "")), self.plan.needs.get("cusparselt", "")
+        if installed and built and installed != built:
+            raise PlanFormatError(
+                f"plan: the weight of step {step.name!r} was compressed by cuSPARSELt {built}, installed is {installed}; "
+                f"build the plan again, or install {built}"
+            )
 
     def prepared(self, batch: int) -> Prepared:
         """Return the program of a batch size with its steps made callable, on first use."""
@@ -177,7 +187,8 @@ class CudaBackend:
         """
         specs = self.plan.inputs
         if len(inputs) != len(specs):
-            raise InputError(f"engine: {len(inputs)} inputs given, expected {len(specs)}: {', '.join(map(str, specs))}")
+            number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
+            raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
         self.gpu.use()
         context = self.context()
         where = self._stream(inputs[0], stream, context)
@@ -347,8 +358,3 @@ def address_of(result: Any) -> int:
     if isinstance(result, np.ndarray):
         return int(result.ctypes.data)
     return int(result.data_ptr()) if is_torch(result) else int(result.address)
-
-
-def needed_libraries(plan: Plan) -> Mapping[str, str]:
-    """Return the libraries a GPU plan needs and the versions it was built with; empty: the driver alone."""
-    return {name: version for name, version in plan.needs.items() if name != OURS}

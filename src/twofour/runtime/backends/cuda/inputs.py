@@ -9,6 +9,7 @@ import numpy.typing as npt
 from twofour.errors import InputError
 from twofour.plan import ValueSpec
 from twofour.runtime.backends.cuda.dlpack import CUDA, Borrowed
+from twofour.runtime.host import host_array
 
 Array = npt.NDArray[Any]
 
@@ -63,7 +64,7 @@ def given(value: Any, spec: ValueSpec, device: int, stream: int) -> Given:
     if is_torch(value):
         if value.is_cuda:
             return _of_torch(value, spec, device)
-        value = value.detach().numpy()
+        value = host_array(value, spec)
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
             raise InputError(
