@@ -1,6 +1,7 @@
 """Names that mean nothing, and files that are there but cannot be read: one sentence that says which, at once."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,8 @@ def test_data_that_are_named_by_their_kind_alone(data: str, message: str) -> Non
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "own.py/x", "n" * 300, "dangling", "a\0b"])
-def test_an_output_folder_that_cannot_be_made(here: Path, out: str) -> None:
+def test_an_output_folder_that_cannot_be_made(here: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # not even the bytecode of own.py is left behind
     Path("dangling").symlink_to("nowhere/none")
     before = sorted(here.iterdir())
     with pytest.raises(InputError, match=r"^output folder '.*' cannot be used: .*; name another --out$"):

@@ -5,12 +5,20 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from twofour.errors import InputError, MissingExtraError, UserCodeError, nearest
 from twofour.sources.torchvision_compat import import_torchvision
 from twofour.sources.user_code import interrupts_noted, raised_text
+
+
+class _Loader(SourceFileLoader):
+    """Leaves no `__pycache__` beside the user's file."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Write nothing."""
 
 
 def is_function_spec(spec: str) -> bool:
@@ -28,7 +36,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"file {file!r} of {spec!r} does not exist")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path, loader=_Loader(path.stem, str(path)))
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
