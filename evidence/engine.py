@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import twofour
+from twofour.builder.tactics.versions import installed
 from twofour.files import write_text, written_aside
 from twofour.kernels.launchable import sources_digests
 from twofour.plan import Plan
@@ -72,13 +72,7 @@ def say(text: str) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that a row rests on; empty where one is absent."""
-    found = {}
-    for package in LIBRARIES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+    return installed(LIBRARIES)
 
 
 class TimeIsUp(Exception):

@@ -55,6 +55,15 @@ def test_the_pages_are_those_of_the_results(script: ModuleType, name: str) -> No
     assert script.filled(page, script.TABLES[name]) == page, "run: python scripts/evidence.py"
 
 
+@pytest.fixture
+def recorded(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a GPU's results in a project that holds nothing else."""
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    made = tmp_path / "results" / "gpu"
+    made.mkdir(parents=True)
+    return made
+
+
 def made_up(experiment: str, data: str, *, lr: float = 0.2, day: str = "2026-01-02", better: float = 0.0) -> dict[str, Any]:
     recipe = {"epochs": 40, "batch": 512, "lr": lr, "distill": 0.0}
     head = {"experiment": experiment, "net": "ResNet-20", "data": data, "metric": "accuracy"}
@@ -67,12 +76,9 @@ def made_up(experiment: str, data: str, *, lr: float = 0.2, day: str = "2026-01-
     return {"machine": {"gpu": "H200"}, "date": "2026-01-02T00:00:00", "command": "python x", "rows": rows}
 
 
-def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    folder = tmp_path / "results" / "gpu"
-    folder.mkdir(parents=True)
-    (folder / "accuracy-a.json").write_text(json.dumps(made_up("retraining", "CIFAR-10 test")))
-    (folder / "accuracy-b.json").write_text(json.dumps(made_up("ablations", "CIFAR-10 held-out training images")))
+def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, recorded: Path, tmp_path: Path) -> None:
+    (recorded / "accuracy-a.json").write_text(json.dumps(made_up("retraining", "CIFAR-10 test")))
+    (recorded / "accuracy-b.json").write_text(json.dumps(made_up("ablations", "CIFAR-10 held-out training images")))
     summary = script.summary_table()
     row = (
         "| ResNet-20 (40 epochs, batch 512, lr 0.2) | CIFAR-10 test | 91.73 | 71.20 | 91.85 ± 0.07 | 91.70 ± 0.14 | **−0.15 ± 0.64** | 2 |"
@@ -92,35 +98,25 @@ def test_the_tables_and_the_plot_hold_what_was_measured(script: ModuleType, tmp_
     assert "ResNet-20, CIFAR-10 test" in (tmp_path / "plot.svg").read_text()
 
 
-def test_of_two_recipes_the_one_measured_last_is_shown_not_the_better_on_the_test_set(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    folder = tmp_path / "results" / "gpu"
-    folder.mkdir(parents=True)
+def test_of_two_recipes_the_one_measured_last_is_shown_not_the_better_on_the_test_set(script: ModuleType, recorded: Path) -> None:
     first, second = (
         made_up("retraining", "CIFAR-10 test", lr=0.2, better=1.0),
         made_up("retraining", "CIFAR-10 test", lr=0.06, day="2026-01-03"),
     )
-    (folder / "accuracy-a.json").write_text(json.dumps({**first, "rows": [*first["rows"], *second["rows"][2:]]}))
+    (recorded / "accuracy-a.json").write_text(json.dumps({**first, "rows": [*first["rows"], *second["rows"][2:]]}))
     assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 |" in script.short_table()
     assert {"lr 0.2)", "lr 0.06)"} == {
         line.split("512, ")[1].split(" |")[0] for line in script.summary_table().splitlines() if "512, " in line
     }
 
 
-def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    folder = tmp_path / "results" / "gpu"
-    folder.mkdir(parents=True)
+def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(script: ModuleType, recorded: Path) -> None:
     value = made_up("retraining", "CIFAR-10 test")
     for row in value["rows"]:
         if row["recipe"]:
             row["recipe"] = row["recipe"] | {"method": "alps", "epochs": 20}
     value["rows"].append({**value["rows"][1], "variant": "2:4 one-shot, alps", "value": 91.34})
-    (folder / "accuracy-a.json").write_text(json.dumps(value))
+    (recorded / "accuracy-a.json").write_text(json.dumps(value))
     assert (
         "| ResNet-20 (20 epochs, batch 512, lr 0.2, from alps) | CIFAR-10 test | 91.73 | 71.20 (magnitude), 91.34 (alps) |"
     ) in script.summary_table()

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from twofour.builder.lower import LayerCall
 from twofour.builder.tactics.bench import Bench, Timed
 from twofour.builder.tactics.untrusted import Outcome, Trial, try_plans
+from twofour.builder.tactics.versions import installed
 from twofour.builder.tactics.ways import LIBRARIES, Way, trials_of, tried_ways, ways_of, weight_for
 from twofour.errors import InputError, TwofourError, UnsupportedError
 from twofour.files import write_text
@@ -136,13 +136,7 @@ class Remembered:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries whose choices are remembered."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+    return installed(PACKAGES)
 
 
 def choose_all(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from twofour.builder.tactics.versions import installed
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
 from twofour.jit.driver import Buffer, bindings, check, num_sms
 from twofour.kernels.gemm import contract, cublaslt, cusparselt
@@ -228,14 +229,7 @@ def choose(problem: Problem, *, device: int = 0, libraries: Sequence[str] = LIBR
 
 
 def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwatch, folder: Path | None) -> Path:
-    from importlib import metadata
-
-    versions = {}
-    for package in ("nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = ""
+    versions = installed(("nvmath-python", "nvidia-cublas", "nvidia-cusparselt-cu13"))
     key: dict[str, Any] = {"problem": asdict(problem), "machine": watch.meter.machine(), "sources": sources_digest(), "versions": versions}
     key["overlap"] = False
     key["candidates"] = [str(t) for t in candidates]
