@@ -90,7 +90,9 @@ def test_a_resumed_run_measures_what_is_absent_stale_old_or_unstable() -> None:
         good | {"name": "unstable", "unstable": ["ours"]},
     ]
     assert to_do(wanted, ["bf16"], rows) == [("stale", "bf16"), ("old", "bf16"), ("unstable", "bf16"), ("few", "bf16")]
-    assert ("good", "fp16") in to_do(wanted, ["bf16", "fp16"], rows)
+    both = to_do(wanted, ["bf16", "fp16"], rows)
+    assert ("good", "fp16") in both
+    assert both[-2:] == [("few", "bf16"), ("few", "fp16")]
 
 
 def test_the_gpu_is_heated_before_the_first_sustained_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,8 +248,8 @@ def to_do(wanted: Mapping[str, tuple[int, int, int]], dtypes: Sequence[str], row
     good = {
         (r["name"], r["dtype"]) for r in rows if r["sources_digest"] == digest and r.get("protocol") in COMPARABLE and not r.get("unstable")
     }
-    ordered = sorted(wanted.items(), key=lambda item: item[1][0] < 512)
-    return [(name, dtype) for dtype in dtypes for name, _ in ordered if (name, dtype) not in good]
+    every = [(name, dtype) for dtype in dtypes for name in wanted if (name, dtype) not in good]
+    return sorted(every, key=lambda one: wanted[one[0]][0] < 512)
 
 
 def current_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
