@@ -95,12 +95,14 @@ def kernels_of(row: dict[str, Any]) -> Iterator[Case]:
     for name in row["tactics"].values():
         if name is not None and name.startswith("twofour:"):
             form, tile = name.removeprefix("twofour:").removesuffix(":split").rsplit(":", 1)
-            rows, tokens, stages, *buffers = map(int, tile.split("x"))
-            config = {"kernel": "tuned", "tile_rows": rows, "tile_tokens": tokens, "stages": stages}
-            # Sources older than the choice of buffers know one.
+            rows, *sizes = tile.split("x")
+            tokens, stages, *buffers = map(int, sizes)
+            config = {"kernel": "tuned", "tile_rows": sum(map(int, rows.split("+"))), "tile_tokens": tokens, "stages": stages}
+            # Older sources know neither a choice of buffers nor tiles shared by rows.
             config |= {"buffers": buffers[0]} if buffers else {}
-            sizes = {"tokens": 128, "outputs": 128, "inputs": 128}
-            yield ["gemm", {**sizes, "dtype": row["dtype"], "out_dtype": row["dtype"], "sparse": form == "2:4"}, config]
+            config |= {"by_rows": True} if "+" in rows else {}
+            shape = {"tokens": 128, "outputs": 128, "inputs": 128}
+            yield ["gemm", {**shape, "dtype": row["dtype"], "out_dtype": row["dtype"], "sparse": form == "2:4"}, config]
 
 
 def engine_claims(record: dict[str, Any]) -> Iterator[Claim]:

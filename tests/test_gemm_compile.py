@@ -6,7 +6,7 @@ from multiprocessing import get_context
 
 from twofour.jit.compiler import Compiled, compile_source
 from twofour.kernels.gemm import Config, Epilogue, Problem, why_not
-from twofour.kernels.gemm.contract import ACTIVATIONS, TILE_TOKENS, most_stages, most_tokens
+from twofour.kernels.gemm.contract import ACTIVATIONS, TILE_TOKENS, most_stages, most_tokens, shared_by_rows
 from twofour.kernels.gemm.source import source
 
 Case = tuple[Problem, Config]
@@ -18,7 +18,10 @@ def case(rows: int, tokens: int, **kw: object) -> Case:
 
 
 def covering() -> list[Case]:
-    """Every sparse tile; the dense tiles the model prefers; every epilogue at its widest tile; the other dtypes; the ladder."""
+    """Every sparse tile; the dense tiles the model prefers; every epilogue at its widest tile; the other dtypes; the ladder.
+
+    Of tiles shared by rows the widest, without an epilogue and with the costliest.
+    """
     cases = [case(256, t) for t in TILE_TOKENS if t <= 192] + [case(128, t) for t in (128, 192, 256)]
     cases += [case(256, t, sparse=False) for t in (64, 104, 128, 176, 184, 192)] + [case(128, 256, sparse=False)]
     for activation in ACTIVATIONS:
@@ -35,6 +38,9 @@ def covering() -> list[Case]:
     cases += [case(128, t, sparse=s, epilogue=replace(residual, activation="relu")) for t, s in ((256, True), (128, False))]
     cases += [case(256, 192, dtype="fp16", out_dtype=out) for out in ("fp16", "fp32")]
     cases += [case(256, 184, dtype="fp16", out_dtype="fp32", epilogue=Epilogue("gelu", scale=True, bias=True))]
+    by_rows = [Problem(128, 128, 128), Problem(128, 128, 128, epilogue=residual), Problem(128, 128, 128, sparse=False)]
+    by_rows += [Problem(128, 128, 128, dtype="fp16", out_dtype="fp32", epilogue=residual)]
+    cases += [(problem, shared_by_rows(problem, 256)) for problem in by_rows]
     cases += [(Problem(128, 128, 128, sparse=sparse), Config(kernel)) for kernel in ("pipelined", "naive") for sparse in (True, False)]
     return cases
 

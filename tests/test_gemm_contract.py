@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 
 from twofour.errors import InputError
 from twofour.kernels.gemm import Config, Epilogue, Problem, candidates, default, derive, why_not
-from twofour.kernels.gemm.contract import SMEM_BYTES, best_buffers, modelled_us, most_stages, share_out, staging_bytes
+from twofour.kernels.gemm.contract import (
+    MAY_WIN,
+    SMEM_BYTES,
+    TILE_TOKENS,
+    best_buffers,
+    modelled_us,
+    most_stages,
+    share_out,
+    shared_by_rows,
+    smem_bytes,
+    staging_bytes,
+    store_chunks,
+)
 from twofour.kernels.gemm.launch import divisor, pack_sizes
 
 PROBLEM = Problem(512, 6144, 4096)
@@ -85,6 +97,9 @@ def test_candidates_are_legal_few_and_best_first(tokens: int, octets: int, in_oc
     assert all(why_not(problem, c) is None and derive(problem, c).smem_bytes <= SMEM_BYTES for c in found)
     assert [modelled_us(problem, c) for c in found] == sorted(modelled_us(problem, c) for c in found)
     assert default(problem) == found[0]
+    shared = [c for c in found if c.by_rows]
+    assert len(shared) <= (1 if sparse and not gated else 0)
+    assert all(modelled_us(problem, c) <= MAY_WIN * min(modelled_us(problem, c) for c in found if not c.by_rows) for c in shared)
 
 
 REASONS = [
@@ -97,6 +112,16 @@ REASONS = [
     (Config(stages=6), "6 stages and the staged outputs need"),
     (Config(tile_tokens=64, stages=7), "the barriers of 7 stages take 136 bytes, there are 128; use fewer stages"),
     (Config(tile_tokens=64, stages=7, buffers=2), "the barriers of 7 stages take 144 bytes, there are 128"),
+    (Config(tile_tokens=128, by_rows=True), "a tile shared by rows has 128, 64 for each warpgroup, not 256"),
+    (Config(tile_rows=128, tile_tokens=136, by_rows=True), "a tile shared by rows has a multiple of 16 tokens from 128, not 136"),
+    (Config(tile_rows=128, tile_tokens=112, by_rows=True), "a tile shared by rows has a multiple of 16 tokens from 128, not 112"),
+    (
+        Config(tile_rows=128, tile_tokens=240, buffers=4, by_rows=True),
+        "4 buffers for the staged outputs of a tile shared by rows, expected at least one and at most 3",
+    ),
+    (Config(tile_rows=128, tile_tokens=128, buffers=0, by_rows=True), "0 buffers for the staged outputs of a tile shared by rows"),
+    (Config(tile_rows=128, tile_tokens=128, stages=5, buffers=4, by_rows=True), "the barriers of 5 stages take 144 bytes, there are 128"),
+    (Config(tile_rows=128, tile_tokens=256, buffers=4, by_rows=True), "4 stages and the staged outputs need 233600 bytes of shared memory"),
 ]
 
 
@@ -160,3 +185,58 @@ def test_two_buffers_where_a_ring_of_four_stages_is_left_and_always_with_a_resid
 def test_buffers_that_cannot_be_are_refused() -> None:
     assert why_not(Problem(8, 8, 32), Config(buffers=3)) == "3 buffers for staged outputs, expected one or two"
     assert why_not(Problem(8, 8, 32, out_dtype="fp32"), Config(buffers=2)) == "outputs of fp32 are not staged, expected one buffer"
+
+
+def test_a_tile_shared_by_rows_stages_what_leaves_room_for_four_stages() -> None:
+    residual, wide = dataclasses.replace(PROBLEM, epilogue=Epilogue(residual=True)), dataclasses.replace(PROBLEM, out_dtype="fp32")
+    assert [shared_by_rows(PROBLEM, t).tile for t in (128, 192, 240, 256)] == [
+        "64+64x128x4x4",
+        "64+64x192x4x4",
+        "64+64x240x4x3",
+        "64+64x256x4x3",
+    ]
+    assert shared_by_rows(residual, 256).tile == "64+64x256x3x4"
+    assert shared_by_rows(wide, 256).tile == "64+64x256x5"
+    for problem in (PROBLEM, residual, wide, dataclasses.replace(PROBLEM, sparse=False)):
+        for tokens in (t for t in TILE_TOKENS if t >= 128 and t % 16 == 0):
+            config = shared_by_rows(problem, tokens)
+            assert why_not(problem, config) is None
+            assert config.warpgroup_tokens == tokens == store_chunks(config) * (tokens // store_chunks(config))
+    whole = Config("tuned", 128, 192, 4, buffers=4, by_rows=True)
+    assert staging_bytes(PROBLEM, whole) == staging_bytes(PROBLEM, Config("tuned", 128, 192, 4, buffers=2)) == 128 * 192 * 2
+    assert smem_bytes(PROBLEM, shared_by_rows(PROBLEM, 256)) == 4 * (256 * 128 + 9216) + 3 * 64 * 256 + 128
+
+
+def test_a_gated_pair_is_not_shared_by_rows() -> None:
+    gated = dataclasses.replace(PROBLEM, epilogue=Epilogue("silu", gated=True))
+    reason = "the gates and the ups of a tile shared by rows are in different warpgroups; share it by tokens"
+    assert why_not(gated, Config(tile_rows=128, tile_tokens=128, by_rows=True)) == reason
+    wide = dataclasses.replace(PROBLEM, out_dtype="fp32")
+    assert "expected at least one and at most 1" in (why_not(wide, Config(tile_rows=128, tile_tokens=128, buffers=2, by_rows=True)) or "")
+
+
+def test_the_model_offers_a_tile_shared_by_rows_where_it_may_win() -> None:
+    down, square = Problem(512, 4096, 14336), Problem(2048, 2048, 2048)
+    assert [c.tile for c in candidates(down) if c.by_rows] == [c.tile for c in candidates(square) if c.by_rows] == ["64+64x256x4x3"]
+    assert not any(c.by_rows for c in candidates(Problem(512, 6144, 4096)))  # 120 tiles of 256 x 104 fill the wave
+    assert {"256x128x4x2", "128x256x4"} <= {c.tile for c in candidates(square, limit=4)}
+
+
+def test_chunks_staged_by_both_warpgroups_are_the_tile_the_copy_engine_stores() -> None:
+    # A box is 64 outputs of a chunk of tokens; the copy engine finds 16-byte piece i of token t at i ^ t % 8.
+    tokens = 64
+    box = np.full((2, tokens * 128 // 4), -1)
+    for half, warp in np.ndindex(2, 4):
+        lane = np.arange(32)
+        g, t = lane // 4, lane % 4
+        byte = warp % 2 * 64 + g * 8 + half * 4
+        for j, e in np.ndindex(tokens // 8, 2):
+            place = (2 * t + e) * 128 + (byte // 16 ^ 2 * t + e) * 16 + byte % 16 + j * 1024
+            assert (box[warp // 2, place // 4] == -1).all()
+            # Two banks of four are written by a warpgroup, so 32 lanes take two passes, not more.
+            assert np.bincount(place // 4 % 32, minlength=32).max() == 2
+            box[warp // 2, place // 4] = (8 * j + 2 * t + e) * 128 + 32 * warp + 4 * g + 2 * half  # token and first of two outputs
+    for outputs in range(2):
+        for token, piece in np.ndindex(tokens, 8):
+            words = box[outputs, (token * 128 + (piece ^ token % 8) * 16) // 4 + np.arange(4)]
+            assert words.tolist() == [token * 128 + 64 * outputs + 8 * piece + 2 * w for w in range(4)]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from twofour.builder.tactics.gemm import Tactic, choose, prepare
 from twofour.errors import InputError
 from twofour.kernels.gemm import Config, Epilogue, Problem, candidates
-from twofour.kernels.gemm.contract import ACTIVATIONS, most_stages
+from twofour.kernels.gemm.contract import ACTIVATIONS, fitting_stages, most_stages, shared_by_rows
 from twofour.kernels.gemm.launch import Gemm
 from twofour.oracle import gemm as oracle
 from twofour.pattern import select
@@ -36,6 +36,14 @@ ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def tuned(problem: Problem, rows: int, tokens: int, split: bool = False, buffers: int = 1) -> Config:
     return Config("tuned", rows, tokens, most_stages(problem, rows, tokens, buffers), split, buffers)
+
+
+def by_rows(problem: Problem, tokens: int, split: bool = False, buffers: int | None = None) -> Config:
+    config = dataclasses.replace(shared_by_rows(problem, tokens), split=split)
+    if buffers is not None:
+        config = dataclasses.replace(config, buffers=buffers)
+        config = dataclasses.replace(config, stages=fitting_stages(problem, config))
+    return config
 
 
 def prune(weight: torch.Tensor) -> torch.Tensor:
@@ -104,7 +112,17 @@ class Case:
             )
 
 
-@pytest.mark.parametrize("config", [Config("naive"), Config("pipelined"), Config("tuned", 256, 64, 4), Config("tuned", 128, 128, 4)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config("naive"),
+        Config("pipelined"),
+        Config("tuned", 256, 64, 4),
+        Config("tuned", 128, 128, 4),
+        Config("tuned", 128, 128, 4, by_rows=True),
+        Config("tuned", 128, 256, 4, buffers=3, by_rows=True),
+    ],
+)
 def test_one_hot_weights_pick_one_input_each(config: Config) -> None:
     # Row r holds a single one at input c(r): D[t, r] must be X[t, c(r)], to the bit. Wrong metadata, swizzle or row order picks another.
     problem = Problem(70, 256, 128)
@@ -148,6 +166,28 @@ def test_all_token_tails(rows: int, tile: int, buffers: int) -> None:
         Case.draw(problem, seed=tokens).check(tuned(problem, rows, tile, buffers=buffers))
 
 
+@pytest.mark.parametrize(("tile", "buffers"), [(128, 4), (176, 2), (208, 1), (240, 3), (256, 3)])
+def test_all_token_tails_of_tiles_shared_by_rows(tile: int, buffers: int) -> None:
+    for tokens in [*range(1, 300, 7), 300]:
+        problem = Problem(tokens, 136, 192)
+        Case.draw(problem, seed=tokens).check(by_rows(problem, tile, buffers=buffers))
+
+
+# 132 thread blocks compute two or three tiles each, so the chunks of one tile go on with the buffers where the last one's ended.
+@pytest.mark.parametrize(
+    ("tile", "buffers", "sparse"), [(128, 1, True), (128, 4, True), (176, 1, True), (256, 2, True), (256, 3, True), (256, 3, False)]
+)
+def test_many_tiles_a_block_shared_by_rows(tile: int, buffers: int, sparse: bool) -> None:
+    problem = Problem(5000, 1032, 64, dtype="fp16", out_dtype="fp16", sparse=sparse, epilogue=Epilogue("relu6", bias=True))
+    config = by_rows(problem, tile, buffers=buffers)
+    case = Case.draw(problem)
+    case.check(config)
+    first = case.d[:-1].clone()
+    for _ in range(5):
+        case.d.fill_(float("nan"))
+        assert torch.equal(case.run(config), first)
+
+
 @pytest.mark.parametrize("buffers", [1, 2])
 @pytest.mark.parametrize("kind", [{"bias": True}, {"gated": True}], ids=lambda kind: "+".join(kind))
 def test_many_tiles_a_block_by_either_buffers(kind: dict[str, bool], buffers: int) -> None:
@@ -166,7 +206,7 @@ def test_many_tiles_a_block_by_either_buffers(kind: dict[str, bool], buffers: in
 def test_row_and_input_edges(outputs: int, inputs: int) -> None:
     problem = Problem(100, outputs, inputs)
     if inputs % 4 == 0:
-        for config in (tuned(problem, 256, 64), tuned(problem, 128, 128), Config("pipelined")):
+        for config in (tuned(problem, 256, 64), tuned(problem, 128, 128), by_rows(problem, 128), Config("pipelined")):
             Case.draw(problem, seed=inputs).check(config)
 
 
@@ -177,7 +217,8 @@ EPILOGUES = [{"bias": True}, {"scale": True, "bias": True, "residual": True}, {"
 @pytest.mark.parametrize("kind", EPILOGUES, ids=lambda kind: "+".join(kind))
 def test_every_epilogue(activation: str, kind: dict[str, bool]) -> None:
     problem = Problem(333, 392, 224, epilogue=Epilogue(activation, **kind))
-    for config in (tuned(problem, 256, 160), Config("naive")):
+    shared = [] if problem.epilogue.gated else [by_rows(problem, 256)]
+    for config in (tuned(problem, 256, 160), *shared, Config("naive")):
         Case.draw(problem).check(config)
 
 
@@ -185,10 +226,13 @@ def test_every_epilogue(activation: str, kind: dict[str, bool]) -> None:
 @pytest.mark.parametrize(("dtype", "out"), [("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32")])
 def test_epilogues_of_the_other_dtypes_and_forms(kind: dict[str, bool], dtype: str, out: str) -> None:
     problem = Problem(333, 392, 224, dtype=dtype, out_dtype=out, epilogue=Epilogue("silu", **kind))
-    for config in (tuned(problem, 256, 160), tuned(problem, 128, 128)):
-        Case.draw(problem).check(config)
     dense = dataclasses.replace(problem, sparse=False)
-    Case.draw(dense).check(tuned(dense, 128, 128))
+    shared = [] if problem.epilogue.gated else [by_rows(problem, 192)]
+    for config in (tuned(problem, 256, 160), tuned(problem, 128, 128), *shared):
+        Case.draw(problem).check(config)
+    shared = [] if problem.epilogue.gated else [by_rows(dense, 192)]
+    for config in (tuned(dense, 128, 128), *shared):
+        Case.draw(dense).check(config)
 
 
 # Tails in tokens that leave chunks and whole halves of a tile outside, rows that end inside and between the two boxes of a warpgroup, one
@@ -196,13 +240,17 @@ def test_epilogues_of_the_other_dtypes_and_forms(kind: dict[str, bool], dtype: s
 RESIDUALS = [(1, 8, 64), (64, 64, 64), (90, 120, 192), (177, 136, 64), (300, 200, 320), (352, 256, 64), (5000, 1032, 64), (200, 264, 2048)]
 
 
-@pytest.mark.parametrize(("rows", "tile"), [(256, 64), (256, 160), (256, 176), (128, 128), (128, 256)])
+@pytest.mark.parametrize(("rows", "tile"), [(256, 64), (256, 160), (256, 176), (128, 128), (128, 256), ("64+64", 128), ("64+64", 256)])
 @pytest.mark.parametrize("shape", RESIDUALS, ids=lambda shape: "x".join(map(str, shape)))
-def test_residuals(shape: tuple[int, int, int], rows: int, tile: int) -> None:
+def test_residuals(shape: tuple[int, int, int], rows: int | str, tile: int) -> None:
     for dtype, sparse in (("fp16", True), ("bf16", False)):
         problem = Problem(*shape, dtype=dtype, out_dtype=dtype, sparse=sparse, epilogue=Epilogue("relu", bias=True, residual=True))
         # A dense stage is larger: three of them leave room for two buffers of 128 rows by 128 tokens.
-        config = tuned(problem, rows, tile if sparse or rows == 128 else min(tile, 128), split=shape[2] == 2048)
+        split = shape[2] == 2048
+        if isinstance(rows, str):
+            config = by_rows(problem, tile, split)
+        else:
+            config = tuned(problem, rows, tile if sparse or rows == 128 else min(tile, 128), split)
         case = Case.draw(problem, seed=sum(shape))
         case.check(config)
         first = case.d[:-1].clone()
@@ -220,9 +268,11 @@ def test_residuals(shape: tuple[int, int, int], rows: int, tile: int) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 6144, 4096), (512, 4096, 3584), (200, 264, 2048), (1, 8, 4096)])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_split_inputs_and_their_repeats(shape: tuple[int, int, int], sparse: bool) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["by_tokens", "by_rows"])
+def test_split_inputs_and_their_repeats(shape: tuple[int, int, int], sparse: bool, shared: bool) -> None:
     problem = Problem(*shape, sparse=sparse)
-    config = tuned(problem, 256, 64 if shape[0] <= 64 else 128, split=True)
+    few = shape[0] <= 64
+    config = by_rows(problem, 128 if few else 256, split=True) if shared else tuned(problem, 256, 64 if few else 128, split=True)
     assert Gemm(problem, config).plan.split_blocks > 0
     case = Case.draw(problem)
     case.check(config)
@@ -359,6 +409,8 @@ def test_small_products_for_the_memory_checker() -> None:
             tuned(problem, 256, 64),
             tuned(problem, 256, 64, split=True),
             tuned(problem, 128, 128),
+            by_rows(problem, 128),
+            by_rows(problem, 256, split=True),
             Config("pipelined"),
             Config("naive"),
         ]

@@ -72,12 +72,15 @@ def test_every_nibble_is_legal_and_agrees_with_torch(density: float) -> None:
         assert (found == theirs).all()
 
 
-def product_as_the_hardware_reads(block: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """[128 weight rows, tokens] from one sparse block and x [tokens, 64]: swizzled value rows, metadata words, accumulator rows."""
+def product_as_the_hardware_reads(block: np.ndarray, x: np.ndarray, halves: tuple[int, ...] = (0, 1)) -> np.ndarray:
+    """[128 weight rows, tokens] from one sparse block and x [tokens, 64]: swizzled value rows, metadata words, accumulator rows.
+
+    A warpgroup of a tile shared by rows multiplies one of the `halves`.
+    """
     values = block[: VALUE_BYTES // 2].view(np.float16).astype(np.float64)
     meta = block[VALUE_BYTES // 2 :].view(np.uint32).reshape(4, 16, 4)  # warp, contributing lane, (m, step)
     out = np.zeros((128, x.shape[0]))
-    for m, row64 in np.ndindex(2, 64):
+    for m, row64 in ((m, row64) for m in halves for row64 in range(64)):
         warp, g, h = row64 // 16, row64 % 8, row64 // 8 % 2
         fragment = 64 * m + row64
         for k in range(32):  # compressed input
@@ -96,6 +99,19 @@ def test_a_block_read_as_the_hardware_reads_it_is_the_product() -> None:
     weight, x = weight_24(128, 64, 5, 0.9), np.random.default_rng(6).standard_normal((3, 64))
     found = product_as_the_hardware_reads(pack(weight, dtype="fp16").data[0, 0], x)
     assert np.allclose(found, weight.astype(np.float64) @ x.T, rtol=0, atol=1e-12)
+
+
+def test_half_a_block_is_two_of_every_four_rows() -> None:
+    weight, x = weight_24(128, 64, 7, 0.9), np.random.default_rng(8).standard_normal((2, 64))
+    block, rows = pack(weight, dtype="fp16").data[0, 0], np.arange(128)
+    for half in (0, 1):
+        other = np.array(block)
+        # A half is 4096 bytes of values and the half's two words of every lane's four.
+        other[(1 - half) * 2048 : (2 - half) * 2048] = 0
+        other[VALUE_BYTES // 2 :].reshape(-1, 2, 4)[:, 1 - half] = 0
+        found = product_as_the_hardware_reads(other, x, (half,))
+        expected = np.where((rows // 2 % 2 == half)[:, None], weight.astype(np.float64) @ x.T, 0)
+        assert np.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_gates_and_ups_alternate_in_pairs() -> None:

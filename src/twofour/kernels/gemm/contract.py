@@ -7,7 +7,7 @@ lists.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 
 from twofour.errors import InputError, nearest
@@ -110,11 +110,14 @@ class Config:
 
     Attributes:
         kernel: one of `KERNELS`; the others exist to check the tuned one against.
-        tile_rows: weight rows of a tile: 256 (each consumer warpgroup its own 128 rows) or 128 (both share them and halve the tokens).
+        tile_rows: weight rows of a tile: 256 (each consumer warpgroup its own 128 rows) or 128 (both share them and halve the tokens, or
+            share them `by_rows`).
         tile_tokens: tokens of a tile, one of `TILE_TOKENS`.
         stages: depth of the ring in shared memory.
         split: whether tiles too few for the GPU are cut along the inputs; partial sums are added in a fixed order, so results repeat.
         buffers: for outputs of 16 bits on their way out: one, which the warpgroups share, or one for each; with a residual always two.
+            `by_rows`: of one chunk of `store_chunks` each, at most the whole tile; with a residual always that.
+        by_rows: whether each warpgroup takes 64 of a tile's 128 rows and all of its tokens: weights are read once, not by both.
     """
 
     kernel: str = "tuned"
@@ -123,12 +126,19 @@ class Config:
     stages: int = 4
     split: bool = True
     buffers: int = 1
+    by_rows: bool = False
 
     @property
     def tile(self) -> str:
-        """Tile rows, tile tokens and stages, and buffers where there are two, as they are printed: 256x128x4x2."""
-        numbers = (self.tile_rows, self.tile_tokens, self.stages) + (self.buffers,) * (self.buffers > 1)
+        """Tile rows, tile tokens and stages, and buffers where there are several, as they are printed: 256x128x4x2, 64+64x256x4x3."""
+        rows = "64+64" if self.by_rows else self.tile_rows
+        numbers = (rows, self.tile_tokens, self.stages) + (self.buffers,) * (self.buffers > 1)
         return "x".join(map(str, numbers))
+
+    @property
+    def warpgroup_tokens(self) -> int:
+        """Tokens of a tile that one warpgroup multiplies."""
+        return self.tile_tokens if self.tile_rows == 256 or self.by_rows else self.tile_tokens // 2
 
 
 @dataclass(frozen=True)
@@ -167,15 +177,21 @@ def stage_bytes(config: Config, sparse: bool) -> int:
 
 def staging_buffers(problem: Problem, config: Config) -> int:
     """Return how many buffers the staged outputs have."""
-    return 2 if loads_residual(problem, config) else config.buffers
+    if not loads_residual(problem, config):
+        return config.buffers
+    return store_chunks(config) if config.by_rows else 2
 
 
 def staging_bytes(problem: Problem, config: Config) -> int:
-    """Return the bytes in which 16-bit outputs wait for the copy engine, half a tile of D a buffer; none for fp32, which is not staged."""
+    """Return the bytes in which 16-bit outputs wait for the copy engine, half a tile of D a buffer; none for fp32, which is not staged.
+
+    A buffer of a tile shared by rows holds one chunk of its tokens.
+    """
     if problem.out_dtype == "fp32":
         return 0
     half = config.tile_rows * config.tile_tokens // (2 if problem.epilogue.gated else 1)
-    return half * staging_buffers(problem, config)
+    buffer = 2 * half // store_chunks(config) if config.by_rows else half
+    return buffer * staging_buffers(problem, config)
 
 
 def loads_residual(problem: Problem, config: Config) -> bool:
@@ -185,8 +201,7 @@ def loads_residual(problem: Problem, config: Config) -> bool:
 
 def store_chunks(config: Config) -> int:
     """Return in how many boxes of whole eight tokens a warpgroup's staged outputs leave: small ones, which let loads pass between."""
-    tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
-    return next(chunks for chunks in (STORE_CHUNKS, 3, 2, 1) if tokens % (8 * chunks) == 0)
+    return next(chunks for chunks in (STORE_CHUNKS, 3, 2, 1) if config.warpgroup_tokens % (8 * chunks) == 0)
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -217,6 +232,8 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return (
             f"a tile of 256 rows and {config.tile_tokens} tokens needs more accumulator registers than a thread has, expected at most 192"
         )
+    if config.by_rows:
+        return why_not_by_rows(problem, config) or why_not_shared_memory(problem, config)
     if config.tile_rows == 128 and (config.tile_tokens < 128 or config.tile_tokens % 16):
         return f"a tile of 128 rows halves its tokens between two warpgroups, expected a multiple of 16 from 128, got {config.tile_tokens}"
     most = most_tokens(problem.epilogue, problem.out_dtype)
@@ -226,12 +243,32 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return f"{config.buffers} buffers for staged outputs, expected one or two"
     if config.buffers == 2 and problem.out_dtype == "fp32":
         return "outputs of fp32 are not staged, expected one buffer"
+    return why_not_shared_memory(problem, config)
+
+
+def why_not_by_rows(problem: Problem, config: Config) -> str | None:
+    """Return why a tile cannot be shared by rows, or None when it can."""
+    if config.tile_rows != 128:
+        return f"a tile shared by rows has 128, 64 for each warpgroup, not {config.tile_rows}"
+    if config.tile_tokens < 128 or config.tile_tokens % 16:
+        return f"a tile shared by rows has a multiple of 16 tokens from 128, not {config.tile_tokens}"
+    if problem.epilogue.gated:
+        return "the gates and the ups of a tile shared by rows are in different warpgroups; share it by tokens"
+    most = 1 if problem.out_dtype == "fp32" else store_chunks(config)
+    if not 1 <= config.buffers <= most:
+        return f"{config.buffers} buffers for the staged outputs of a tile shared by rows, expected at least one and at most {most}"
+    return None
+
+
+def why_not_shared_memory(problem: Problem, config: Config) -> str | None:
+    """Return why ring, staged outputs and barriers do not fit in shared memory, or None when they do."""
     if config.stages < 3:
         return f"a ring of {config.stages} stages cannot keep two in flight, expected at least 3"
     needed = smem_bytes(problem, config)
     if needed > SMEM_BYTES:
         return f"{config.stages} stages and the staged outputs need {needed} bytes of shared memory, a block has {SMEM_BYTES}"
-    barriers = 8 * (2 * config.stages + staging_buffers(problem, config) + 2)
+    buffers = staging_buffers(problem, config)
+    barriers = 8 * (2 * config.stages + buffers + (buffers if config.by_rows else 2))
     if barriers > BARRIER_BYTES:
         return f"the barriers of {config.stages} stages take {barriers} bytes, there are {BARRIER_BYTES}; use fewer stages"
     return None
@@ -246,8 +283,28 @@ def best_buffers(problem: Problem, tile_rows: int, tile_tokens: int) -> int:
 
 def most_stages(problem: Problem, tile_rows: int, tile_tokens: int, buffers: int = 1) -> int:
     """Return the deepest ring of at most `MAX_STAGES` that fits; deeper ones were slower once the power limit holds the clock."""
-    config = Config(tile_rows=tile_rows, tile_tokens=tile_tokens, stages=0, buffers=buffers)
-    return min(MAX_STAGES, (SMEM_BYTES - smem_bytes(problem, config)) // stage_bytes(config, problem.sparse))
+    return fitting_stages(problem, Config(tile_rows=tile_rows, tile_tokens=tile_tokens, buffers=buffers))
+
+
+def shared_by_rows(problem: Problem, tile_tokens: int) -> Config:
+    """Return the tile shared by rows with buffers for all its outputs, or for all but one chunk where only then four stages fit.
+
+    A residual takes the place of all outputs.
+    """
+    config = Config("tuned", 128, tile_tokens, by_rows=True)
+    whole = replace(config, buffers=1 if problem.out_dtype == "fp32" else store_chunks(config))
+    fewer = replace(whole, buffers=max(1, whole.buffers - 1))
+    takes_fewer = fitting_stages(problem, whole) < 4 <= fitting_stages(problem, fewer)
+    chosen = fewer if takes_fewer else whole
+    return replace(chosen, stages=fitting_stages(problem, chosen))
+
+
+def fitting_stages(problem: Problem, config: Config) -> int:
+    """Return the deepest ring of at most `MAX_STAGES` that `config` leaves room for, in bytes and in barriers, whatever its own."""
+    config = replace(config, stages=0)
+    buffers = staging_buffers(problem, config)
+    barriers = BARRIER_BYTES // 8 - buffers - (buffers if config.by_rows else 2)
+    return min(MAX_STAGES, barriers // 2, (SMEM_BYTES - smem_bytes(problem, config)) // stage_bytes(config, problem.sparse))
 
 
 def pick_group(row_tiles: int, config: Config, sparse: bool, grid: int) -> int:
@@ -322,13 +379,16 @@ K_BLOCK_US: dict[tuple[bool, int], tuple[float, float]] = {  # (sparse, tile row
     (False, 256): (0.10, 0.0047),
     (False, 128): (0.12, 0.0025),
 }
+# Predicted, not measured: of 123 KiB in 0.466 us, a tile of 128 x 256 shared by rows reads 9 KiB of weights less than one shared by tokens.
+K_BLOCK_US_BY_ROWS = (0.066, 0.00143)
+MAY_WIN = 1.04  # how far behind the fastest a config may be modelled and still be the fastest
 SHALLOW_RING = 1.03  # a ring of three stages hides less latency
 
 
 def modelled_us(problem: Problem, config: Config, num_sms: int = 132) -> float:
     """Return the modelled time of `config`: the busiest thread block's k blocks, stores and partial sums."""
     launch = derive(problem, config, num_sms)
-    fixed, a_token = K_BLOCK_US[problem.sparse, config.tile_rows]
+    fixed, a_token = K_BLOCK_US_BY_ROWS if config.by_rows and problem.sparse else K_BLOCK_US[problem.sparse, config.tile_rows]
     k_block = (fixed + a_token * config.tile_tokens) * (SHALLOW_RING if config.stages < 4 else 1.0)
     columns = config.tile_tokens * config.tile_rows / 256
     us = LAUNCH_US + ceil(launch.whole_tiles / num_sms) * (launch.k_blocks * k_block + STORE_US_A_TOKEN * columns)
@@ -339,20 +399,31 @@ def modelled_us(problem: Problem, config: Config, num_sms: int = 132) -> float:
 
 
 def candidates(problem: Problem, num_sms: int = 132, limit: int = 8) -> Sequence[Config]:
-    """Return at most `limit` legal configs of the tuned kernel, the fastest by the model first."""
-    found: dict[Config, float] = {}
+    """Return at most `limit` legal configs of the tuned kernel, the fastest by the model first.
+
+    At most one of them is shared by rows, of a sparse weight and where the model gives it a chance: the tensor cores bound dense products.
+    """
+    by_tokens = []
     for tile_rows in (256, 128):
         for tile_tokens in TILE_TOKENS:
             buffers = best_buffers(problem, tile_rows, tile_tokens)
             stages = most_stages(problem, tile_rows, tile_tokens, buffers)
-            for split in (False, True):
-                config = Config("tuned", tile_rows, tile_tokens, stages, split, buffers)
-                if why_not(problem, config) is not None:
-                    continue
-                if split and derive(problem, config, num_sms).split_blocks == 0:
-                    continue
-                found[config] = modelled_us(problem, config, num_sms)
+            by_tokens.append(Config("tuned", tile_rows, tile_tokens, stages, buffers=buffers))
+    found = _modelled(problem, by_tokens, num_sms)
+    shared = _modelled(problem, [shared_by_rows(problem, tokens) for tokens in TILE_TOKENS], num_sms) if problem.sparse else {}
+    best = min(shared, key=lambda config: (shared[config], config), default=None)
+    if best is not None and shared[best] <= MAY_WIN * min(found.values()):
+        found[best] = shared[best]
     return sorted(found, key=lambda config: (found[config], config))[:limit]
+
+
+def _modelled(problem: Problem, configs: Sequence[Config], num_sms: int) -> dict[Config, float]:
+    """The modelled time of those of `configs` that are legal, whole and, where that cuts tiles, split."""
+    found = {}
+    for config in (replace(config, split=split) for config in configs for split in (False, True)):
+        if why_not(problem, config) is None and not (config.split and derive(problem, config, num_sms).split_blocks == 0):
+            found[config] = modelled_us(problem, config, num_sms)
+    return found
 
 
 def default(problem: Problem, num_sms: int = 132) -> Config:

@@ -1,4 +1,4 @@
-// What the three kernels of the family share: parameters, the packed block, the fused epilogue of four neighbouring rows.
+// What the three kernels of the family share: parameters, the packed block, the fused epilogue of four (or two) neighbouring rows.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -99,16 +99,16 @@ __device__ __forceinline__ float activate(float x) {
     return x;
 }
 
-// scale and bias of a thread's four weight rows, loaded once a tile
-template <class E>
+// scale and bias of a thread's weight rows, loaded once a tile
+template <class E, int kRows = 4>
 struct RowConstants {
-    float scale[4];
-    float bias[4];
+    float scale[kRows];
+    float bias[kRows];
 
     // `row` is the packed row; gated rows alternate two gates, two ups, whose vectors lie `outputs` apart.
     __device__ __forceinline__ void load(const GemmParams& p, int row) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kRows; ++i) {
             const int source = E::kGated ? (row >> 1) + (i & 1) + (i >> 1) * p.outputs : row + i;
             if constexpr (E::kScale) scale[i] = __ldg(p.scale + source);
             if constexpr (E::kBias) bias[i] = __ldg(p.bias + source);
@@ -122,20 +122,22 @@ struct RowConstants {
     }
 };
 
-// Values of D from four neighbouring packed rows of one token: four, or two when gated.
-template <class E>
+// Values of D from neighbouring packed rows of one token: as many, or half of them when gated.
+template <class E, int kRows = 4>
 struct Finished {
-    static constexpr int kCount = E::kGated ? 2 : 4;
+    static constexpr int kCount = E::kGated ? kRows / 2 : kRows;
+    static_assert(kRows == 4 || (kRows == 2 && !E::kGated), "two rows hold no pair of gates with its pair of ups");
     static constexpr bool kBf16 = E::kOutput == Output::kBf16;
     float y[kCount];
 
-    // Where they lie in D: multiples of 4 (2 when gated).
+    // Where they lie in D: multiples of `kCount`.
     __device__ static __forceinline__ long long offset(const GemmParams& p, int row, int token) {
         return static_cast<long long>(token) * p.outputs + (E::kGated ? row >> 1 : row);
     }
 
     // With the residual from global memory.
-    __device__ __forceinline__ Finished(const GemmParams& p, const RowConstants<E>& constants, int row, int token, const float (&sums)[4]) {
+    __device__ __forceinline__ Finished(const GemmParams& p, const RowConstants<E, kRows>& constants, int row, int token,
+                                        const float (&sums)[kRows]) {
         scale_and_add_bias(constants, sums);
         if constexpr (E::kResidual) {
             if (row < p.weight_rows && token < p.tokens) add_residual(p.residual, offset(p, row, token));
@@ -144,22 +146,26 @@ struct Finished {
     }
 
     // With the residual, of 16 bits, from where the outputs will be staged.
-    __device__ __forceinline__ Finished(const RowConstants<E>& constants, uint32 staged, const float (&sums)[4]) {
+    __device__ __forceinline__ Finished(const RowConstants<E, kRows>& constants, uint32 staged, const float (&sums)[kRows]) {
         scale_and_add_bias(constants, sums);
-        if constexpr (E::kResidual) {
+        if constexpr (E::kResidual && kCount == 4) {
             uint2 r;
             load_shared(r.x, r.y, staged);
             add_packed(r);
+        } else if constexpr (E::kResidual) {
+            uint32 r;
+            load_shared(r, staged);
+            add_pair(0, r);
         }
         apply_activation(constants, sums);
     }
 
-    __device__ __forceinline__ void scale_and_add_bias(const RowConstants<E>& constants, const float (&sums)[4]) {
+    __device__ __forceinline__ void scale_and_add_bias(const RowConstants<E, kRows>& constants, const float (&sums)[kRows]) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) y[i] = constants.linear(sums[i], i);
     }
 
-    __device__ __forceinline__ void apply_activation(const RowConstants<E>& constants, const float (&sums)[4]) {
+    __device__ __forceinline__ void apply_activation(const RowConstants<E, kRows>& constants, const float (&sums)[kRows]) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             y[i] = activate<E::kActivation>(y[i]);
@@ -168,41 +174,47 @@ struct Finished {
     }
 
     __device__ __forceinline__ void add_residual(const void* residual, long long at) {
-        if constexpr (E::kOutput == Output::kFp32) {
+        if constexpr (E::kOutput == Output::kFp32 && kCount == 4) {
             const float4 r = *reinterpret_cast<const float4*>(static_cast<const float*>(residual) + at);
             y[0] += r.x, y[1] += r.y, y[2] += r.z, y[3] += r.w;
-        } else {
+        } else if constexpr (E::kOutput == Output::kFp32) {
+            const float2 r = *reinterpret_cast<const float2*>(static_cast<const float*>(residual) + at);
+            y[0] += r.x, y[1] += r.y;
+        } else if constexpr (kCount == 4) {
             add_packed(*reinterpret_cast<const uint2*>(static_cast<const uint16*>(residual) + at));
+        } else {
+            add_pair(0, *reinterpret_cast<const uint32*>(static_cast<const uint16*>(residual) + at));
         }
     }
 
-    __device__ __forceinline__ void add_packed(uint2 r) {
-        y[0] += to_float<kBf16>(static_cast<uint16>(r.x)), y[1] += to_float<kBf16>(static_cast<uint16>(r.x >> 16));
-        y[2] += to_float<kBf16>(static_cast<uint16>(r.y)), y[3] += to_float<kBf16>(static_cast<uint16>(r.y >> 16));
+    __device__ __forceinline__ void add_packed(uint2 r) { add_pair(0, r.x), add_pair(2, r.y); }
+    __device__ __forceinline__ void add_pair(int i, uint32 pair) {
+        y[i] += to_float<kBf16>(static_cast<uint16>(pair)), y[i + 1] += to_float<kBf16>(static_cast<uint16>(pair >> 16));
     }
 
     __device__ __forceinline__ void store_global(void* d, long long at) const {
         if constexpr (E::kOutput == Output::kFp32) {
             float* out = static_cast<float*>(d) + at;
-            if constexpr (E::kGated) *reinterpret_cast<float2*>(out) = make_float2(y[0], y[1]);
+            if constexpr (kCount == 2) *reinterpret_cast<float2*>(out) = make_float2(y[0], y[1]);
             else *reinterpret_cast<float4*>(out) = make_float4(y[0], y[1], y[2], y[3]);
         } else {
             uint16* out = static_cast<uint16*>(d) + at;
-            if constexpr (E::kGated) *reinterpret_cast<uint32*>(out) = pack_pair<kBf16>(y[0], y[1]);
+            if constexpr (kCount == 2) *reinterpret_cast<uint32*>(out) = pack_pair<kBf16>(y[0], y[1]);
             else *reinterpret_cast<uint2*>(out) = make_uint2(pack_pair<kBf16>(y[0], y[1]), pack_pair<kBf16>(y[2], y[3]));
         }
     }
 
     __device__ __forceinline__ void store_staged(uint32 address) const {
-        if constexpr (E::kGated) store_shared(address, pack_pair<kBf16>(y[0], y[1]));
+        if constexpr (kCount == 2) store_shared(address, pack_pair<kBf16>(y[0], y[1]));
         else store_shared(address, pack_pair<kBf16>(y[0], y[1]), pack_pair<kBf16>(y[2], y[3]));
     }
 };
 
-// Finish four neighbouring packed rows of one token and store them: 8 bytes (16 as fp32), half of that when gated.
-template <class E>
-__device__ __forceinline__ void finish(const GemmParams& p, const RowConstants<E>& constants, int row, int token, const float (&sums)[4]) {
-    Finished<E>(p, constants, row, token, sums).store_global(p.d, Finished<E>::offset(p, row, token));
+// Finish neighbouring packed rows of one token and store them: of four 8 bytes (16 as fp32), of two or when gated half of that.
+template <class E, int kRows>
+__device__ __forceinline__ void finish(const GemmParams& p, const RowConstants<E, kRows>& constants, int row, int token,
+                                       const float (&sums)[kRows]) {
+    Finished<E, kRows>(p, constants, row, token, sums).store_global(p.d, Finished<E, kRows>::offset(p, row, token));
 }
 
 }  // namespace twofour

@@ -7,7 +7,7 @@
 
 namespace twofour {
 
-template <int kTileRows_, int kTileTokens_, int kStages_, int kChunks_, int kBuffers_, bool kSparse_, bool kBf16_>
+template <int kTileRows_, int kTileTokens_, int kStages_, int kChunks_, int kBuffers_, bool kSparse_, bool kBf16_, bool kByRows_ = false>
 struct TileChoice {
     static constexpr int kTileRows = kTileRows_;
     static constexpr int kTileTokens = kTileTokens_;
@@ -16,16 +16,19 @@ struct TileChoice {
     static constexpr int kBuffers = kBuffers_;  // for staged outputs
     static constexpr bool kSparse = kSparse_;
     static constexpr bool kBf16 = kBf16_;
+    static constexpr bool kByRows = kByRows_;  // the warpgroups share 128 rows by rows, 64 each and all tokens
 
     using A = Block<kSparse>;
     static constexpr int kRowBlocks = kTileRows / A::kRows;
-    static constexpr int kWarpgroupTokens = kTileRows == 256 ? kTileTokens : kTileTokens / 2;
+    static constexpr int kHalves = kByRows ? 1 : 2;  // of 64 rows, multiplied by a warpgroup
+    static constexpr int kWarpgroupTokens = kTileRows == 256 || kByRows ? kTileTokens : kTileTokens / 2;
     static constexpr int kSums = kWarpgroupTokens / 2;  // accumulators a thread and 64 rows
     static constexpr int kActivationBytes = kTileTokens * A::kDepth * 2;
     static constexpr int kStageBytes = kActivationBytes + kRowBlocks * A::kBytes;
     using Instruction = Wgmma<kWarpgroupTokens, kSparse, kBf16>;
 
     static_assert(kTileRows == 256 || kTileRows == 128, "a tile has one or two packed blocks of rows");
+    static_assert(!kByRows || kTileRows == 128, "two warpgroups share one packed block of rows");
     static_assert(kStageBytes % 1024 == 0, "a swizzled tile starts at a multiple of 1024 bytes");
     static_assert(kTileTokens <= 256, "a tensor-map box has at most 256 rows");
     static_assert(kWarpgroupTokens % (8 * kChunks) == 0, "a stored box starts where the swizzle repeats, every eight tokens");
@@ -36,16 +39,20 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kFlagBytes = 4096;
 
-struct Ring {
-    uint32 stages;  // shared addresses
-    uint32 full;
-    uint32 empty;
+// Whose turn it is of `count`, and how often all had theirs, modulo two.
+struct Turn {
     int index = 0;
     uint32 parity = 0;
 
     __device__ __forceinline__ void advance(int count) {
         if (++index == count) index = 0, parity ^= 1;
     }
+};
+
+struct Ring : Turn {
+    uint32 stages;  // shared addresses
+    uint32 full;
+    uint32 empty;
 };
 
 template <class T>
@@ -77,26 +84,30 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring ring) {
 
 // Wait for a stage and start its products; `metadata` must not be in use by products still in flight.
 template <class T>
-__device__ __forceinline__ void multiply_stage(const Ring& ring, int warpgroup, float (&sums)[2][T::kSums], uint32 (&metadata)[4], int accumulate) {
+__device__ __forceinline__ void multiply_stage(const Ring& ring, int warpgroup, float (&sums)[T::kHalves][T::kSums],
+                                               uint32 (&metadata)[2 * T::kHalves], int accumulate) {
     using A = typename T::A;
     const uint32 stage = ring.stages + ring.index * T::kStageBytes;
     const uint32 weight = stage + T::kActivationBytes + (T::kTileRows == 256 ? warpgroup * A::kBytes : 0);
-    const uint32 tokens = stage + (T::kTileRows == 256 ? 0 : warpgroup * T::kWarpgroupTokens * 128);
+    const uint32 tokens = stage + (T::kTileRows == 256 || T::kByRows ? 0 : warpgroup * T::kWarpgroupTokens * 128);
     barrier_wait(ring.full + 8 * ring.index, ring.parity);
     if constexpr (T::kSparse) {
-        // Lanes 0 and 1 of a quad contribute metadata; the other two read the same words.
+        // Lanes 0 and 1 of a quad contribute metadata; the other two read the same words: two of each half of 64 rows.
         const uint32 lane = threadIdx.x % 32;
-        load_shared(metadata, weight + A::kValueBytes + ((threadIdx.x % kWarpgroup) / 32 * 16 + lane / 4 * 2 + lane % 2) * 16);
+        const uint32 words = weight + A::kValueBytes + ((threadIdx.x % kWarpgroup) / 32 * 16 + lane / 4 * 2 + lane % 2) * 16;
+        if constexpr (T::kByRows) load_shared(metadata[0], metadata[1], words + warpgroup * 8);
+        else load_shared(metadata, words);
     }
     constexpr uint32 kRowBytes = T::kSparse ? 64 : 128;
-    const uint64 a = matrix_descriptor(weight, 8 * kRowBytes, T::kSparse ? kSwizzle64 : kSwizzle128);
+    const uint32 rows = weight + (T::kByRows ? warpgroup * 64 * kRowBytes : 0);
+    const uint64 a = matrix_descriptor(rows, 8 * kRowBytes, T::kSparse ? kSwizzle64 : kSwizzle128);
     const uint64 b = matrix_descriptor(tokens, 1024, kSwizzle128);
     constexpr int kSteps = A::kDepth / T::Instruction::kDepth;
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < T::kHalves; ++m) {
             // Descriptors count 16-byte units: 64 rows further for m, 32 bytes of A and kDepth values of B further for s.
             T::Instruction::multiply(sums[m], a + (m * 64 * kRowBytes + s * 32) / 16, b + s * T::Instruction::kDepth * 2 / 16,
                                      metadata[T::kSparse ? m * 2 + s : 0], s == 0 ? accumulate : 1);
@@ -107,11 +118,12 @@ __device__ __forceinline__ void multiply_stage(const Ring& ring, int warpgroup, 
 
 // All products of a unit. Each stage is given back once the next one's products have been issued and its own are done.
 template <class T>
-__device__ __forceinline__ void multiply_unit(Ring& ring, int warpgroup, int k_blocks, float (&sums)[2][T::kSums]) {
-    uint32 even[4], odd[4];  // NOTE: two metadata sets; one set, reloaded while products read it, makes ptxas serialise every wgmma (C7513)
+__device__ __forceinline__ void multiply_unit(Ring& ring, int warpgroup, int k_blocks, float (&sums)[T::kHalves][T::kSums]) {
+    // NOTE: two metadata sets; one set, reloaded while products read it, makes ptxas serialise every wgmma (C7513)
+    uint32 even[2 * T::kHalves], odd[2 * T::kHalves];
     uint32 previous = 0;
     const bool gives_back = threadIdx.x % 32 == 0;
-    const auto step = [&](uint32(&metadata)[4], bool is_first) {
+    const auto step = [&](uint32(&metadata)[2 * T::kHalves], bool is_first) {
         multiply_stage<T>(ring, warpgroup, sums, metadata, !is_first);
         wgmma_wait<1>();
         if (!is_first && gives_back) barrier_arrive(previous);
@@ -125,23 +137,23 @@ __device__ __forceinline__ void multiply_unit(Ring& ring, int warpgroup, int k_b
     }
     if (k < k_blocks) step(even, k == 0);
     wgmma_wait<0>();
-    hold_accumulators(sums[0]);
-    hold_accumulators(sums[1]);
+#pragma unroll
+    for (int m = 0; m < T::kHalves; ++m) hold_accumulators(sums[m]);
     if (gives_back) barrier_arrive(previous);
 }
 
-// Where a warpgroup's partial sums of one thread block lie: float4 [sums / 4][128 threads], two row halves.
+// Where a warpgroup's partial sums of one thread block lie: float4 [sums / 4][128 threads], one half of 64 rows behind the other.
 template <class T>
 __device__ __forceinline__ float4* partial_sums(const GemmParams& p, int block, int warpgroup) {
-    constexpr int kVectors = 2 * T::kSums / 4 * kWarpgroup;
+    constexpr int kVectors = T::kHalves * T::kSums / 4 * kWarpgroup;
     return reinterpret_cast<float4*>(p.workspace + kFlagBytes) + static_cast<long long>(block * 2 + warpgroup) * kVectors + threadIdx.x % kWarpgroup;
 }
 
 template <class T>
-__device__ __forceinline__ void write_partial(const GemmParams& p, int warpgroup, const float (&sums)[2][T::kSums]) {
+__device__ __forceinline__ void write_partial(const GemmParams& p, int warpgroup, const float (&sums)[T::kHalves][T::kSums]) {
     float4* out = partial_sums<T>(p, blockIdx.x, warpgroup);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < T::kHalves; ++m) {
 #pragma unroll
         for (int i = 0; i < T::kSums; i += 4) {
             __stcg(out, make_float4(sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]));
@@ -155,7 +167,7 @@ __device__ __forceinline__ void write_partial(const GemmParams& p, int warpgroup
 
 // Add, in order of the inputs, what the following blocks computed of this tile; leaves their flags zero for the next launch.
 template <class T>
-__device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup, int tile, float (&sums)[2][T::kSums]) {
+__device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup, int tile, float (&sums)[T::kHalves][T::kSums]) {
     const int tile_end = (tile - p.whole_tiles + 1) * p.k_blocks;
     for (int block = blockIdx.x + 1; block < p.split_blocks && WorkList::share_begin(p, block) < tile_end; ++block) {
         uint32* flag = reinterpret_cast<uint32*>(p.workspace) + block * 2 + warpgroup;
@@ -166,7 +178,7 @@ __device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup,
         sync_threads(1 + warpgroup, kWarpgroup);
         const float4* in = partial_sums<T>(p, block, warpgroup);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < T::kHalves; ++m) {
 #pragma unroll
             for (int i = 0; i < T::kSums; i += 4) {
                 const float4 part = __ldcg(in);
@@ -180,25 +192,28 @@ __device__ __forceinline__ void add_partials(const GemmParams& p, int warpgroup,
 // How outputs of 16 bits leave: they are staged in shared memory, and a warp of its own hands them to the copy engine in chunks while the next
 // tile is multiplied. With one buffer the warpgroups take turns, which keeps them apart, so that one multiplies while the other stages. With
 // two each has a buffer and a warp that stores it: nobody waits at the end of a block's only tile, and where a residual is added, that of the
-// next tile arrives there while it is multiplied.
+// next tile arrives there while it is multiplied. Of a tile shared by rows each warpgroup has two of every four neighbouring outputs, so every
+// chunk is staged by both; it is stored when both have, and the next chunk takes the next buffer of one chunk.
 // NOTE: stored straight from registers, all thread blocks wait for the L2 at the same moment: 2.8 us a tile on the H200, 7 % at 4096 inputs.
 template <class T, class E>
 struct Staging {
     static constexpr bool kUsed = E::kOutput != Output::kFp32;
     static constexpr bool kLoads = kUsed && E::kResidual;
-    static constexpr bool kOwn = kUsed && T::kBuffers == 2;
+    static constexpr bool kOwn = kUsed && T::kBuffers == 2 && !T::kByRows;
     static constexpr int kBoxes = E::kGated ? 1 : 2;  // of 64 outputs
-    static constexpr int kBoxBytes = T::kWarpgroupTokens * 128;
-    static constexpr int kBufferBytes = kBoxes * kBoxBytes;
-    static constexpr int kBytes = kUsed ? T::kBuffers * kBufferBytes : 0;
     static constexpr int kChunkTokens = T::kWarpgroupTokens / T::kChunks;
     static constexpr int kChunkBytes = kChunkTokens * 128;
-    static_assert(kOwn || !kLoads, "a residual arrives in a buffer that its warpgroup owns");
+    static constexpr int kBoxBytes = T::kByRows ? kChunkBytes : T::kWarpgroupTokens * 128;
+    static constexpr int kBufferBytes = kBoxes * kBoxBytes;
+    static constexpr int kBytes = kUsed ? T::kBuffers * kBufferBytes : 0;
+    static_assert(kOwn || !kLoads || (T::kByRows && T::kBuffers == T::kChunks), "a residual arrives where only its own outputs are staged");
+    static_assert(!T::kByRows || !E::kGated, "two warpgroups hold the gates and the ups of a tile shared by rows");
 
     uint32 buffer;  // shared addresses
     uint32 filled;  // one barrier a buffer
-    uint32 free;    // two barriers: it is the first, the second warpgroup's turn; its residual is there
+    uint32 free;    // two barriers: it is the first, the second warpgroup's turn; its residual is there. By rows the same of each buffer
 };
+
 
 // First row and token of a warpgroup's part of a tile.
 template <class T>
@@ -209,7 +224,7 @@ struct Corner {
     __device__ __forceinline__ Corner(const GemmParams& p, int tile, int warpgroup) {
         const Place place(p, tile);
         row = place.row_tile * T::kTileRows + (T::kTileRows == 256 ? warpgroup * 128 : 0);
-        token = place.token_tile * T::kTileTokens + (T::kTileRows == 256 ? 0 : warpgroup * T::kWarpgroupTokens);
+        token = place.token_tile * T::kTileTokens + (T::kTileRows == 256 || T::kByRows ? 0 : warpgroup * T::kWarpgroupTokens);
     }
 };
 
@@ -298,12 +313,56 @@ __device__ __forceinline__ void store_own_tiles(const GemmParams& p, const Tenso
     }
 }
 
+// The same for tiles shared by rows, a chunk at a time. Where a residual is added there is a buffer for each chunk of a tile.
+template <class T, class E>
+__device__ __forceinline__ void store_shared_tiles(const GemmParams& p, const TensorMap* residual, const Staging<T, E>& staging) {
+    using S = Staging<T, E>;
+    const auto load = [&](const Corner<T>& corner, int c, int index) {
+        const uint32 chunk = staging.buffer + index * S::kBufferBytes, free = staging.free + 8 * index;
+        const int token = corner.token + c * S::kChunkTokens;
+        if (token < p.tokens) {
+            const bool both = corner.row + 64 < p.outputs;
+            barrier_expect(free, both ? 2 * S::kBoxBytes : S::kBoxBytes);
+            copy_box(chunk, residual, corner.row, token, free);
+            if (both) copy_box(chunk + S::kBoxBytes, residual, corner.row + 64, token, free);
+        }
+        barrier_arrive(free);
+    };
+    WorkList work(p);
+    Unit unit;
+    bool more = next_stored(work, p, unit);
+    if (S::kLoads && more) {
+        const Corner<T> corner(p, unit.tile, 0);
+#pragma unroll 1
+        for (int c = 0; c < T::kChunks; ++c) load(corner, c, c);
+    }
+    Turn turn;
+    while (more) {
+        const Corner<T> corner(p, unit.tile, 0);
+        more = next_stored(work, p, unit);
+        const Corner<T> following(p, unit.tile, 0);
+#pragma unroll 1
+        for (int c = 0; c < T::kChunks; ++c) {
+            const uint32 chunk = staging.buffer + turn.index * S::kBufferBytes;
+            const int token = corner.token + c * S::kChunkTokens;
+            barrier_wait(staging.filled + 8 * turn.index, turn.parity);
+            store_box(&p.d_map, chunk, corner.row, token);
+            if (corner.row + 64 < p.outputs) store_box(&p.d_map, chunk + S::kBoxBytes, corner.row + 64, token);
+            store_commit();
+            store_wait_read<0>();
+            if constexpr (!S::kLoads) barrier_arrive(staging.free + 8 * turn.index);
+            else if (more) load(following, c, turn.index);
+            turn.advance(T::kBuffers);
+        }
+    }
+}
+
 // A thread's four neighbouring rows of its token i: accumulators of column pair i / 2, member i % 2.
 struct FourRows {
     float sums[4];
 };
 template <class T>
-__device__ __forceinline__ FourRows four_rows(const float (&sums)[2][T::kSums], int i) {
+__device__ __forceinline__ FourRows four_rows(const float (&sums)[T::kHalves][T::kSums], int i) {
     const int at = i / 2 * 4 + i % 2;
     return {{sums[0][at], sums[0][at + 2], sums[1][at], sums[1][at + 2]}};
 }
@@ -311,7 +370,7 @@ __device__ __forceinline__ FourRows four_rows(const float (&sums)[2][T::kSums], 
 // Epilogue of a warpgroup's 128 rows: a thread holds rows 32 warp + 4 g + {0..3} of tokens 8 j + 2 t + {0, 1}.
 template <class T, class E>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T, E>& staging, int warpgroup, int tile, uint32 turn,
-                                           const float (&sums)[2][T::kSums]) {
+                                           const float (&sums)[T::kHalves][T::kSums]) {
     using S = Staging<T, E>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32, g = lane / 4, t = lane % 4;
     const Corner<T> corner(p, tile, warpgroup);
@@ -350,12 +409,68 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Staging<T,
     }
 }
 
+// A thread's two neighbouring rows of its token i, of a tile shared by rows.
+struct TwoRows {
+    float sums[2];
+};
+template <class T>
+__device__ __forceinline__ TwoRows two_rows(const float (&sums)[1][T::kSums], int i) {
+    const int at = i / 2 * 4 + i % 2;
+    return {{sums[0][at], sums[0][at + 2]}};
+}
+
+// Epilogue of a warpgroup's half of a tile shared by rows: a thread holds rows 32 warp + 4 g + 2 warpgroup + {0, 1} of tokens 8 j + 2 t + {0, 1}.
+template <class T, class E>
+__device__ __forceinline__ void store_half(const GemmParams& p, const Staging<T, E>& staging, int warpgroup, int tile, Turn& turn,
+                                           const float (&sums)[1][T::kSums]) {
+    using S = Staging<T, E>;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32, g = lane / 4, t = lane % 4;
+    const Corner<T> corner(p, tile, warpgroup);
+    const int row = corner.row + warp * 32 + g * 4 + warpgroup * 2;
+    const bool is_inside = row < p.weight_rows;
+    RowConstants<E, 2> constants;
+    constants.load(p, is_inside ? row : 0);
+    if constexpr (S::kUsed) {
+        // As in `store_tile`. NOTE: a warp's four bytes a thread lie in every second bank, so each store takes two passes
+        const int byte = warp % 2 * 64 + g * 8 + warpgroup * 4;
+        uint32 at[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            at[e] = staging.buffer + warp / 2 * S::kBoxBytes + (2 * t + e) * 128 + ((byte / 16) ^ (2 * t + e)) * 16 + byte % 16;
+        }
+        constexpr int kPairs = S::kChunkTokens / 4;  // of rows, a thread and chunk
+#pragma unroll
+        for (int c = 0; c < T::kChunks; ++c) {
+            // A buffer is free before its first turn; residuals are waited for.
+            barrier_wait(staging.free + 8 * turn.index, S::kLoads ? turn.parity : turn.parity ^ 1);
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+                // NOTE: as in `store_tile`
+                if (i % 4 == 0) __syncwarp();
+                const uint32 place = at[i % 2] + turn.index * S::kBufferBytes + i / 2 * 1024;
+                Finished<E, 2>(constants, place, two_rows<T>(sums, c * kPairs + i).sums).store_staged(place);
+            }
+            fence_shared_for_copies();
+            barrier_arrive(staging.filled + 8 * turn.index);
+            turn.advance(T::kBuffers);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < T::kSums / 2; ++i) {
+            if (i % 4 == 0) __syncwarp();
+            const int token = corner.token + i / 2 * 8 + 2 * t + i % 2;
+            if (is_inside && token < p.tokens) finish<E>(p, constants, row, token, two_rows<T>(sums, i).sums);
+        }
+    }
+}
+
 template <class T, class E>
 __device__ __forceinline__ void consume(const GemmParams& p, Ring ring, const Staging<T, E>& staging, int warpgroup) {
     WorkList work(p);
     Unit unit;
-    float sums[2][T::kSums];
+    float sums[T::kHalves][T::kSums];
     uint32 turn = 0;
+    Turn buffer_turn;
     while (work.next(p, unit)) {
         multiply_unit<T>(ring, warpgroup, unit.last_k - unit.first_k, sums);
         if (unit.first_k != 0) {
@@ -363,8 +478,12 @@ __device__ __forceinline__ void consume(const GemmParams& p, Ring ring, const St
             continue;
         }
         if (unit.last_k != p.k_blocks) add_partials<T>(p, warpgroup, unit.tile, sums);
-        store_tile<T, E>(p, staging, warpgroup, unit.tile, turn, sums);
-        turn ^= 1;
+        if constexpr (T::kByRows) {
+            store_half<T, E>(p, staging, warpgroup, unit.tile, buffer_turn, sums);
+        } else {
+            store_tile<T, E>(p, staging, warpgroup, unit.tile, turn, sums);
+            turn ^= 1;
+        }
     }
 }
 
@@ -388,9 +507,8 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap*
             barrier_init(ring.full + 8 * i, 1);
             barrier_init(ring.empty + 8 * i, 2 * kWarpgroup / 32);
         }
-        for (int i = 0; i < T::kBuffers; ++i) barrier_init(staging.filled + 8 * i, kWarpgroup);
-        barrier_init(staging.free, 1);
-        barrier_init(staging.free + 8, 1);
+        for (int i = 0; i < T::kBuffers; ++i) barrier_init(staging.filled + 8 * i, T::kByRows ? 2 * kWarpgroup : kWarpgroup);
+        for (int i = 0; i < (T::kByRows ? T::kBuffers : 2); ++i) barrier_init(staging.free + 8 * i, 1);
         barrier_init_fence();
     }
     __syncthreads();
@@ -400,7 +518,9 @@ __device__ __forceinline__ void gemm_tuned(const GemmParams& p, const TensorMap*
     if (warpgroup == 2) {
         give_registers<kLoads ? 40 : 24>();
         if (threadIdx.x == 2 * kWarpgroup) produce<T>(p, ring);
-        if constexpr (Staging<T, E>::kOwn) {
+        if constexpr (Staging<T, E>::kUsed && T::kByRows) {
+            if (threadIdx.x == 2 * kWarpgroup + 32) store_shared_tiles<T, E>(p, residual, staging);
+        } else if constexpr (Staging<T, E>::kOwn) {
             if (threadIdx.x == 2 * kWarpgroup + 32) store_own_tiles<T, E>(p, residual, staging, 0);
             if (threadIdx.x == 2 * kWarpgroup + 64) store_own_tiles<T, E>(p, residual, staging, 1);
         } else if (Staging<T, E>::kUsed && threadIdx.x == 2 * kWarpgroup + 32) {

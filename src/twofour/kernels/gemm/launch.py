@@ -67,8 +67,7 @@ class Gemm:
         self._launcher = driver.Launcher(handle, self.plan.grid, self.plan.threads, self.plan.smem_bytes, overlap=overlap)
         tuned, config = self.config.kernel == "tuned", self.config
         self._x_box = config.tile_tokens if tuned else 64
-        warpgroup_tokens = config.tile_tokens if config.tile_rows == 256 else config.tile_tokens // 2
-        self._d_box = warpgroup_tokens // store_chunks(config) if tuned and problem.out_dtype != "fp32" else 0
+        self._d_box = config.warpgroup_tokens // store_chunks(config) if tuned and problem.out_dtype != "fp32" else 0
         self._loads_residual = loads_residual(problem, config)
         e = problem.epilogue
         self._wanted = tuple(name for name, on in (("scale", e.scale), ("bias", e.bias), ("residual", e.residual)) if on)

@@ -33,7 +33,8 @@ def source(problem: Problem, config: Config) -> Source:
     params, arguments = "GemmParams", "params"
     if config.kernel == "tuned":
         numbers = (config.tile_rows, config.tile_tokens, config.stages, store_chunks(config), staging_buffers(problem, config))
-        tile = f"TileChoice<{', '.join(map(str, numbers))}, {sparse}, {bf16}>"
+        by_rows = ", true" if config.by_rows else ""
+        tile = f"TileChoice<{', '.join(map(str, numbers))}, {sparse}, {bf16}{by_rows}>"
         header, threads, call = "gemm_tuned_16bit_sm90.cuh", 384, f"gemm_tuned<{tile}, {epilogue}>"
         if loads_residual(problem, config):
             params, arguments = "ResidualGemmParams", "params, &params.residual_map"

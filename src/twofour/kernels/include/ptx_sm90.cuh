@@ -90,6 +90,11 @@ __device__ __forceinline__ void load_shared(uint32 (&words)[4], uint32 address) 
                  : "memory");
 }
 
+// 9.7.9.8 ld.shared
+__device__ __forceinline__ void load_shared(uint32& word, uint32 address) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+}
+
 // 9.7.9.8 ld.shared.v2
 __device__ __forceinline__ void load_shared(uint32& low, uint32& high, uint32 address) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "r"(address) : "memory");

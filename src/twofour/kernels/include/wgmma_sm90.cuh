@@ -48,6 +48,10 @@ __device__ __forceinline__ void hold_accumulators(float (&accumulators)[kCount])
 #define TF_LIST_88 TF_LIST_84 ", %84, %85, %86, %87"
 #define TF_LIST_92 TF_LIST_88 ", %88, %89, %90, %91"
 #define TF_LIST_96 TF_LIST_92 ", %92, %93, %94, %95"
+#define TF_LIST_104 TF_LIST_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define TF_LIST_112 TF_LIST_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define TF_LIST_120 TF_LIST_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define TF_LIST_128 TF_LIST_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define TF_OUT_32 TF_OUT4(0), TF_OUT4(4), TF_OUT4(8), TF_OUT4(12), TF_OUT4(16), TF_OUT4(20), TF_OUT4(24), TF_OUT4(28)
 #define TF_OUT_36 TF_OUT_32, TF_OUT4(32)
 #define TF_OUT_40 TF_OUT_36, TF_OUT4(36)
@@ -65,6 +69,10 @@ __device__ __forceinline__ void hold_accumulators(float (&accumulators)[kCount])
 #define TF_OUT_88 TF_OUT_84, TF_OUT4(84)
 #define TF_OUT_92 TF_OUT_88, TF_OUT4(88)
 #define TF_OUT_96 TF_OUT_92, TF_OUT4(92)
+#define TF_OUT_104 TF_OUT_96, TF_OUT4(96), TF_OUT4(100)
+#define TF_OUT_112 TF_OUT_104, TF_OUT4(104), TF_OUT4(108)
+#define TF_OUT_120 TF_OUT_112, TF_OUT4(112), TF_OUT4(116)
+#define TF_OUT_128 TF_OUT_120, TF_OUT4(120), TF_OUT4(124)
 
 #define TF_WGMMA_SPARSE(N, TYPE, COUNT, A, B, E, P)                                                              \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                            \
@@ -119,5 +127,9 @@ TF_DEFINE_WGMMA(168, 84, 84, 85, 86, 87)
 TF_DEFINE_WGMMA(176, 88, 88, 89, 90, 91)
 TF_DEFINE_WGMMA(184, 92, 92, 93, 94, 95)
 TF_DEFINE_WGMMA(192, 96, 96, 97, 98, 99)
+TF_DEFINE_WGMMA(208, 104, 104, 105, 106, 107)
+TF_DEFINE_WGMMA(224, 112, 112, 113, 114, 115)
+TF_DEFINE_WGMMA(240, 120, 120, 121, 122, 123)
+TF_DEFINE_WGMMA(256, 128, 128, 129, 130, 131)
 
 }  // namespace twofour
