@@ -3,21 +3,21 @@
 Results are stale once the device sources of a kernel family differ from those they were measured with. OLD_SRC is the `src` folder of the
 revision that measured them (`git worktree add`). Whatever kernel a row may have run is compiled from both sources; only where each has the
 same instructions, constants, relocations and registers, byte for byte, does the row get the digests of the present sources. Exit code 1 if
-any row stays stale. Several files may be given: gemm.json, engine.json, engine-agreement.json, engine-soak.json.
+any row stays stale. Several files may be given: gemm.json, conv.json, engine.json, engine-agreement.json, engine-soak.json.
 
-The kernels of `twofour measure gemm` are named in its rows. A row of an engine does not say which kernels won, so all that its build can
-have chosen must be unchanged: of every problem its network is lowered to, in the terms of every family that can state it, every config that
-the old sources offer (of products every legal one), dense and, where 2:4 kernels were asked for, sparse. Families whose sources have not
-changed need no proof. Networks are lowered by the old sources from an ONNX file with random weights, which `--work` holds, left there by
-evidence/engine.py or estimate_networks.py, or gets; a row is refused where it had another number of layers.
+The kernels of `twofour measure gemm` and of layers measured alone are named in their rows. A row of an engine does not say which kernels
+won, so all that its build can have chosen must be unchanged: of every problem its network is lowered to, in the terms of every family that
+can state it, every config that the old sources offer (of products every legal one), dense and, where 2:4 kernels were asked for, sparse.
+Families whose sources have not changed need no proof. Networks are lowered by the old sources from an ONNX file with random weights, which
+`--work` holds, left there by evidence/engine.py or estimate_networks.py, or gets; a row is refused where it had another number of layers.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from same_code import Case, Tree, changed
 from twofour.builder.gpus import GPUS
 from twofour.errors import InputError
 from twofour.files import write_text, written_aside
+from twofour.kernels.families import OURS, family, restated
+from twofour.kernels.records import to_plain
 
 ROOT = Path(__file__).parents[1]
 SAID = 5  # kernels of a row that are named
@@ -105,6 +107,24 @@ def kernels_of(row: dict[str, Any]) -> Iterator[Case]:
             yield ["gemm", {**shape, "dtype": row["dtype"], "out_dtype": row["dtype"], "sparse": form == "2:4"}, config]
 
 
+def conv_claims(record: dict[str, Any]) -> Iterator[Claim]:
+    """Yield the rows of benchmarks/grouped.py and depthwise.py."""
+    rows = evidence("conv_rows", "benchmarks")
+    for row in record["rows"]:
+        name = row["family"]
+        problem = to_plain(restated("conv", rows.problem_of(row))[name])
+        ours = [way.removeprefix(f"{OURS} {name} ").split() for way in row["times_us"] if way.startswith(f"{OURS} {name} ")]
+        cases: list[Case] = [[name, problem, config_named(name, words)] for words in ours]
+        yield Claim(f"{row['net']} {row['in']} at {row['pixels'][0]}, {row['batch']}", ((row, "sources_digest"),), name, tuple(cases))
+
+
+def config_named(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return a family's config that a way prints as these words."""
+    kind = family(name).config
+    assert kind is not None
+    return dict(zip((field.name for field in fields(kind)), [int(word) if word.isdigit() else word for word in words], strict=True))
+
+
 def engine_claims(record: dict[str, Any]) -> Iterator[Claim]:
     """Yield the rows of evidence/engine.py but torch.compile's, which ran no kernel of ours."""
     rows = evidence("engine_rows")
@@ -144,6 +164,7 @@ def soak_claims(record: dict[str, Any]) -> Iterator[Claim]:
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], Iterator[Claim]]] = {
     "gemm": gemm_claims,
+    "conv": conv_claims,
     "engine": engine_claims,
     "engine agreement": agreement_claims,
     "engine-soak": soak_claims,

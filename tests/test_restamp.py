@@ -22,6 +22,7 @@ from twofour.builder.tactics.bench import Timed
 from twofour.builder.tactics.untrusted import Outcome
 from twofour.builder.tactics.ways import Way
 from twofour.jit.source import Source
+from twofour.kernels import families
 from twofour.kernels.gemm import contract as gemm
 from twofour.kernels.launchable import kernel_source, sources_digests
 from twofour.timing.gpu import Figure
@@ -141,7 +142,21 @@ def test_a_row_of_products_names_its_kernels_and_is_stamped_with_its_family(rest
     assert (row["sources_digest"], row["versions"]) == ("d", {"ours": "d", "ours_dense": "a"})
 
 
-@pytest.mark.parametrize("name", ["gemm", "engine", "engine-agreement", "engine-soak"])
+def test_a_row_of_a_layer_names_the_kernels_that_ran(restamp: ModuleType) -> None:
+    recorded = json.loads((ROOT / "results" / "nvidia-h200" / "conv.json").read_text(encoding="utf-8"))["rows"]
+    same_code, seen = load_script("same_code"), set()
+    for row, claim in zip(recorded, restamp.conv_claims({"rows": recorded}), strict=True):
+        ours = {way for way in row["times_us"] if way.startswith("twofour ")}
+        configs = [families.read_config(case[0], case[2], "config") for case in claim.cases]
+        problems = [families.read_problem(case[0], case[1], "problem") for case in claim.cases]
+        named = {str(Way(row["family"], "twofour", p, config)) for p, config in zip(problems, configs, strict=True)}
+        assert ours
+        assert named == ours
+        seen |= {json.dumps(case) for case in claim.cases[:1]}
+    assert all(same_code.source_of(json.loads(case), 132).text for case in sorted(seen)[:4])
+
+
+@pytest.mark.parametrize("name", ["gemm", "conv", "engine", "engine-agreement", "engine-soak"])
 def test_recorded_files_are_read_and_written_in_their_form(restamp: ModuleType, name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.json"
     shutil.copy(ROOT / "results" / "nvidia-h200" / path.name, path)
@@ -156,7 +171,7 @@ def test_recorded_files_are_read_and_written_in_their_form(restamp: ModuleType, 
 def test_what_cannot_be_stamped_is_refused_in_a_sentence(restamp: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tests.json"
     for text, wanted in (
-        ('{"kind": "tests"}', "holds 'tests' results, expected one of 'gemm', 'engine', 'engine agreement', 'engine-soak'"),
+        ('{"kind": "tests"}', "holds 'tests' results, expected one of 'gemm', 'conv', 'engine', 'engine agreement', 'engine-soak'"),
         ("[", "is no results file"),
     ):
         path.write_text(text)
