@@ -10,8 +10,9 @@ from twofour.builder.tactics.gemm import Tactic, modelled, tactics, why_not
 from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
+from twofour.report import gemm as gemm_report
 from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary, to_do
-from twofour.timing.gpu import HEAT_S, MOST_SETTLE_S, PROTOCOL, SAMPLE_S, Stopwatch, figure, is_settled, refuse_unstable, sets_for
+from twofour.timing.gpu import HEAT_S, MOST_SETTLE_S, PROTOCOL, SAMPLE_S, Figure, Stopwatch, figure, is_settled, refuse_unstable, sets_for
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -93,6 +94,65 @@ def test_a_resumed_run_measures_what_is_absent_stale_old_or_unstable() -> None:
     both = to_do(wanted, ["bf16", "fp16"], rows)
     assert ("good", "fp16") in both
     assert both[-2:] == [("few", "bf16"), ("few", "fp16")]
+
+
+class FakeGraph:
+    def __init__(self, name: str) -> None:
+        self.name, self.closed = name, False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeWatch:
+    """Times graphs by a table of (burst, sustained) microseconds."""
+
+    def __init__(self, times: dict[str, tuple[float, float]]) -> None:
+        self.times, self.graphs, self.settled = times, list[FakeGraph](), list[list[str]]()
+
+    def graph(self, name: str) -> FakeGraph:
+        self.graphs.append(FakeGraph(name))
+        return self.graphs[-1]
+
+    def burst(self, graphs: list[FakeGraph], rounds: int) -> list[Figure]:
+        return [figure([self.times[graph.name][0]]) for graph in graphs]
+
+    def sustained(self, graphs: list[FakeGraph], rounds: int) -> list[Figure]:
+        self.settled.append([graph.name for graph in graphs])
+        return [figure([self.times[graph.name][1]]) for graph in graphs]
+
+
+def chosen_of(monkeypatch: pytest.MonkeyPatch, times: dict[str, dict[str, tuple[float, float]]]) -> tuple[dict[str, str], FakeWatch]:
+    """Each contender's choice where its tactics take these times; a tactic without a time cannot run."""
+    watch = FakeWatch({name: both for own in times.values() for name, both in own.items()})
+
+    def prepared(problem: Problem, tactic: str, *, overlap: bool) -> str:
+        if watch.times[tactic] == (0, 0):
+            raise UnsupportedError("it cannot run")
+        return tactic
+
+    monkeypatch.setattr(gemm_report, "prepare", prepared)
+    bench = object.__new__(gemm_report._Bench)
+    bench.watch, bench.problem, bench.notes = watch, Problem(2048, 8, 32), {}  # type: ignore[assignment]
+    bench.operands = MagicMock(candidate=lambda tactic: tactic)
+    monkeypatch.setattr(bench, "_tactics", lambda contender: list(times.get(contender, {})))
+    return {contender: name for contender, (name, _) in bench.chosen().items()}, watch  # type: ignore[misc]
+
+
+def test_the_fastest_sustained_of_those_close_in_a_burst_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"a": (10.0, 15.0), "b": (10.3, 14.0), "c": (10.7, 9.0), "d": (0, 0)}
+    found, watch = chosen_of(
+        monkeypatch, {"ours": ours, "cublas": {"e": (20.0, 30.0), "f": (20.1, 29.0)}, "cusparselt": {"g": (11.0, 15.0)}}
+    )
+    assert found == {"ours": "b", "cublas": "f", "cusparselt": "g"}
+    assert watch.settled == [["a", "b", "e", "f", "g"]]  # c is 7 % behind
+    assert {graph.name for graph in watch.graphs if graph.closed} == {"a", "c", "e"}
+
+
+def test_nothing_is_compared_sustained_where_a_burst_leaves_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, watch = chosen_of(monkeypatch, {"ours": {"a": (10.0, 1.0), "b": (11.0, 0.5)}, "cublas": {"e": (20.0, 1.0)}})
+    assert found == {"ours": "a", "cublas": "e"}
+    assert watch.settled == []
 
 
 def test_the_gpu_is_heated_before_the_first_sustained_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def parse_shape(text: str) -> tuple[str, tuple[int, int, int]]:
     return text, (tokens, outputs, inputs)
 
 
-CLOSE, MOST_CLOSE = 1.04, 3
+# Of a contender's tactics, those this close behind its fastest in a burst, and at most so many, are compared sustained.
+CLOSE, MOST_CLOSE = 1.06, 4
+OURS_TIMED, DENSE_TIMED = 6, 3
 
 
 class _Bench:
@@ -75,11 +77,11 @@ class _Bench:
         if contender == "cublas":
             return [Tactic("cublaslt", False, algorithm=i) for i in range(CUBLASLT_ALGORITHMS)]
         sparse = contender == "ours"
-        found = contract.candidates(replace(self.problem, sparse=sparse), self.sms, 5 if sparse else 3)
+        found = contract.candidates(replace(self.problem, sparse=sparse), self.sms, OURS_TIMED if sparse else DENSE_TIMED)
         return [Tactic("twofour", sparse, config) for config in found]
 
-    def best(self, contender: str) -> tuple[Prepared, Graph] | None:
-        """The contender's fastest tactic and its graph; None, with a note, where it cannot run."""
+    def _ready(self, contender: str) -> list[tuple[Prepared, Graph]]:
+        """The contender's tactics that can run, each with its graph; a note where one cannot."""
         ready: list[tuple[Prepared, Graph]] = []
         for tactic in self._tactics(contender):
             try:
@@ -87,28 +89,30 @@ class _Bench:
                 ready.append((prepared, self.watch.graph(self.operands.candidate(prepared))))
             except (InputError, MissingExtraError, UnsupportedError) as e:
                 self.notes[str(tactic)] = str(e)
-        if not ready:
-            return None
-        fastest = self._fastest([graph for _, graph in ready])
-        for i, (_, graph) in enumerate(ready):
-            if i != fastest:
-                graph.close()
-        return ready[fastest]
+        return ready
 
-    def _fastest(self, graphs: list[Graph]) -> int:
-        """The fastest sustained of those within `CLOSE` of the fastest in a burst: the power limit ranks tiles differently."""
-        if len(graphs) == 1:
-            return 0
-        burst = [f.median_us for f in self.watch.burst(graphs, rounds=5)]
-        close = sorted((i for i, us in enumerate(burst) if us <= CLOSE * min(burst)), key=lambda i: burst[i])[:MOST_CLOSE]
-        if len(close) == 1:
-            return close[0]
-        sustained = self.watch.sustained([graphs[i] for i in close], rounds=1)
-        return min(zip(close, sustained, strict=True), key=lambda pair: pair[1].median_us)[0]
+    def chosen(self) -> dict[str, tuple[Prepared, Graph]]:
+        """Each contender's fastest sustained tactic: the power limit ranks tiles in another order than a burst.
+
+        All that are close in a burst run in one turn, so that each follows work like its own.
+        """
+        ready = {contender: found for contender in CONTENDERS if (found := self._ready(contender))}
+        owners = [(contender, i) for contender, found in ready.items() for i in range(len(found))]
+
+        def graphs(of: Sequence[tuple[str, int]]) -> list[Graph]:
+            return [ready[contender][i][1] for contender, i in of]
+
+        burst = dict(zip(owners, (f.median_us for f in self.watch.burst(graphs(owners), rounds=5)), strict=True))
+        close = [one for contender, found in ready.items() for one in close_behind(burst, contender, len(found))]
+        figures = dict(zip(close, self.watch.sustained(graphs(close), rounds=1), strict=True)) if len(close) > len(ready) else {}
+        best = {c: min((one for one in close if one[0] == c), key=lambda one: figures[one].median_us if figures else 0.0) for c in ready}
+        for graph in graphs([one for one in owners if one not in best.values()]):
+            graph.close()
+        return {contender: ready[contender][i] for contender, (_, i) in best.items()}
 
     def row(self, with_energy: bool) -> dict[str, Any]:
         """Times in microseconds, their spread, TFLOP/s, clocks and powers of every contender."""
-        chosen = {c: found for c in CONTENDERS if (found := self.best(c)) is not None}
+        chosen = self.chosen()
         graphs = [graph for _, graph in chosen.values()]
         burst = dict(zip(chosen, self.watch.burst(graphs), strict=True))
         sustained = dict(zip(chosen, self.watch.sustained(graphs), strict=True))
@@ -150,6 +154,12 @@ class _Bench:
                 "us": round(energy.us, 3),
             }
         return found
+
+
+def close_behind(burst_us: Mapping[tuple[str, int], float], contender: str, count: int) -> list[tuple[str, int]]:
+    """Return those of a contender's `count` tactics that are compared sustained, the fastest in a burst first."""
+    own = sorted(((contender, i) for i in range(count)), key=lambda one: burst_us[one])
+    return [one for one in own if burst_us[one] <= CLOSE * burst_us[own[0]]][:MOST_CLOSE]
 
 
 def _load(path: Path) -> dict[str, Any]:
