@@ -1,11 +1,13 @@
-"""Writes the tables in docs/kernels/grouped.md and depthwise.md from results/nvidia-h200/conv.json: `python scripts/kernels.py`.
+"""Writes the tables in docs/kernels/ from results/nvidia-h200/gemm.json and conv.json: `python scripts/kernels.py`.
 
 Rows whose device sources have changed since are left out.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from pages import filled
@@ -13,11 +15,14 @@ from pages import filled
 from twofour.files import write_text
 from twofour.kernels.families import OURS
 from twofour.kernels.launchable import sources_digests
+from twofour.report.gemm import DTYPES, SHAPES, current_rows
+from twofour.timing.gpu import COMPARABLE
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import conv_rows  # noqa: E402
 
+GEMM = ROOT / "results" / "nvidia-h200" / "gemm.json"
 CONV = ROOT / "results" / "nvidia-h200" / "conv.json"
 NONE = "No measurement of the present kernels is recorded."
 # Written down before anything had run, microseconds: of grouped layers at batch 64 by channels, side and stride; of depthwise ones at
@@ -145,7 +150,70 @@ def depthwise_sums() -> str:
     return "\n".join(table(heads, lines)) if lines else NONE
 
 
+def products() -> list[Row]:
+    """Return the recorded products of the present kernels, timed by a protocol like today's; by dtype, in the order of the shapes."""
+    recorded = json.loads(GEMM.read_text(encoding="utf-8"))
+    rows = [row for row in current_rows(recorded) if not row["stale"] and row.get("protocol") in COMPARABLE]
+    order = {name: number for number, name in enumerate(SHAPES)}
+    return sorted(rows, key=lambda row: (DTYPES.index(row["dtype"]), order.get(row["name"], len(order)), row["name"]))
+
+
+def gemm_table() -> str:
+    """Return products sustained: TFLOP/s of ours, 2:4 and dense, beside the libraries', and what they are over these."""
+    heads = ["tokens × outputs × inputs", "", "dtype", "our 2:4", "cuSPARSELt", "ours over it", "in a burst", "our tile", "MHz"]
+    heads += ["our dense", "cuBLASLt", "ours over it"]
+    lines = []
+    for row in products():
+        rate, clock, burst, shaky = row["tflops"], row["clock_mhz"], row["burst_us"], set(row["unstable"])
+
+        def cell(name: str, rate: dict[str, float] = rate, shaky: set[str] = shaky) -> str:
+            return f"{rate[name]:,.0f}{'?' * (name in shaky)}" if name in rate else "–"
+
+        def ratio(ours: str, theirs: str, us: dict[str, float]) -> str:
+            return f"{us[theirs] / us[ours]:.3f}" if ours in us and theirs in us else "–"
+
+        settled = {name: row[f"{name}_us"] for name in rate}
+        tile = row["tactics"]["ours"].rsplit("2:4:")[-1].replace(":", " ")
+        cells = [f"{row['tokens']} × {row['out']} × {row['in']}", row["name"], row["dtype"], cell("ours"), cell("cusparselt")]
+        cells += [f"**{ratio('ours', 'cusparselt', settled)}**", ratio("ours", "cusparselt", burst), tile, f"{clock['ours']:.0f}"]
+        lines.append([*cells, cell("ours_dense"), cell("cublas"), ratio("ours_dense", "cublas", settled)])
+    return "\n".join(table(heads, lines)) if lines else NONE
+
+
+def goals_table() -> str:
+    """Return what products are to reach and what they do: geometric means and the worst, of stable and unstable rows alike."""
+    rows = products()
+
+    def ratios(dtype: str, keep: Callable[[int], bool], ours: str, theirs: str) -> list[float]:
+        own = [row for row in rows if row["dtype"] == dtype and keep(row["tokens"])]
+        return [row[f"{theirs}_us"] / row[f"{ours}_us"] for row in own if row[f"{theirs}_us"] and row[f"{ours}_us"]]
+
+    def mean(values: list[float]) -> str:
+        return f"{geometric_mean(values):.3f} of {len(values)}; {min(values):.3f}" if values else "–"
+
+    def large(name: str, dtype: str) -> Row | None:
+        return next((row for row in rows if (row["name"], row["dtype"]) == (name, dtype)), None)
+
+    lines = []
+    for what, floor, keep, ours, theirs in (
+        ("2,048 tokens and more over cuSPARSELt; worst", "1.04; 0.93", lambda tokens: tokens >= 2048, "ours", "cusparselt"),
+        ("512 tokens over cuSPARSELt; worst", "1.0", lambda tokens: tokens == 512, "ours", "cusparselt"),
+        ("our dense form over cuBLASLt, 2,048 tokens and more; worst", "0.95", lambda tokens: tokens >= 2048, "ours_dense", "cublas"),
+    ):
+        lines.append([what, floor, *(mean(ratios(dtype, keep, ours, theirs)) for dtype in DTYPES)])
+    tops = [None if (row := large("8192^3", dtype)) is None else row["tflops"] for dtype in DTYPES]
+    cells = ["–" if rate is None else f"{rate['ours']:,.0f} ({rate['cusparselt']:,.0f})" for rate in tops]
+    lines.append(["8192³, TFLOP/s (cuSPARSELt's)", "1,030", *cells])
+    for name in ("8192^3", "8B.gateup t8192"):
+        own = [large(name, dtype) for dtype in DTYPES]
+        energy = [None if row is None or not row["joules"] else [row["joules"][c]["pj_a_flop"] for c in ("ours", "cublas")] for row in own]
+        cells = ["–" if pair is None else f"{pair[0] / pair[1]:.3f} ({pair[0]:.3f} over {pair[1]:.3f} pJ)" for pair in energy]
+        lines.append([f"energy a FLOP, 2:4 over cuBLASLt's dense, {name}", "0.65", *cells])
+    return "\n".join(table(["sustained", "goal", *DTYPES], lines)) if rows else NONE
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "gemm.md": {"goals": goals_table, "gemm": gemm_table},
     "grouped.md": {"grouped": grouped_table},
     "depthwise.md": {"depthwise": depthwise_table, "depthwise sums": depthwise_sums},
 }
