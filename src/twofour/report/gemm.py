@@ -94,7 +94,8 @@ class _Bench:
     def chosen(self) -> dict[str, tuple[Prepared, Graph]]:
         """Each contender's fastest sustained tactic: the power limit ranks tiles in another order than a burst.
 
-        All that are close in a burst run in one turn, so that each follows work like its own.
+        All that are close in a burst run in one turn, so that each follows work like its own. One runs before them and does not count:
+        whatever comes first finds the power controller still swinging.
         """
         ready = {contender: found for contender in CONTENDERS if (found := self._ready(contender))}
         owners = [(contender, i) for contender, found in ready.items() for i in range(len(found))]
@@ -104,7 +105,9 @@ class _Bench:
 
         burst = dict(zip(owners, (f.median_us for f in self.watch.burst(graphs(owners), rounds=5)), strict=True))
         close = [one for contender, found in ready.items() for one in close_behind(burst, contender, len(found))]
-        figures = dict(zip(close, self.watch.sustained(graphs(close), rounds=1), strict=True)) if len(close) > len(ready) else {}
+        figures = {}
+        if len(close) > len(ready):
+            figures = dict(zip(close, self.watch.sustained(graphs([close[-1], *close]), rounds=1)[1:], strict=True))
         best = {c: min((one for one in close if one[0] == c), key=lambda one: figures[one].median_us if figures else 0.0) for c in ready}
         for graph in graphs([one for one in owners if one not in best.values()]):
             graph.close()
