@@ -348,4 +348,4 @@ def test_every_kernel_waits_for_the_grid_before_it() -> None:
         for entry, body in found.items():
             before, waits, _ = body.partition("wait_for_earlier_grid();")
             assert waits, entry
-            assert not re.search(r"\breturn\b|\bfor \((?!int i = 0; i < T::)", before), entry
+            assert not re.search(r"\breturn\b|\bfor \((?!int i = 0; i < \(?T::)", before), entry
