@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from twofour.errors import InputError, UnsupportedError
 from twofour.nn import Linear24, TrainableLinear24, ops
-from twofour.nn.packing import Repacker, pack_weight, packed_shape, packed_zeros, repack, unpack_weight
+from twofour.nn.packing import Repacker, _in_weight, pack_weight, packed_shape, packed_zeros, repack, unpack_weight
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -99,6 +99,23 @@ def test_repacking_leaves_out_what_the_mask_drops() -> None:
     fresh = torch.randn(136, 80).bfloat16()
     packed = repack(fresh, repacker.index, repacker.metadata, torch.bfloat16)
     assert torch.equal(unpack_weight(packed, 136, 80, torch.bfloat16), torch.where(linear.weight != 0, fresh, 0))
+
+
+def test_a_group_of_fewer_than_two_multiplies_nothing_outside_the_mask() -> None:
+    """Such a group is packed with its lowest zero positions too; what is written there is not computed with, as on the CPU."""
+    mask = torch.zeros(130, 70, dtype=torch.bool)
+    mask[::2, 1::4] = True
+    repacker = Repacker(mask)
+    packed = repack(torch.randn(130, 70).bfloat16(), repacker.index, repacker.metadata, torch.bfloat16)
+    assert not unpack_weight(packed, 130, 70, torch.bfloat16)[~mask].any()
+
+
+def test_positions_in_a_weight_of_four_gibibytes_do_not_wrap() -> None:
+    """The weight itself is not made: 2^31 elements, of which two positions and one of the padding are asked for."""
+    rows, inputs, padded = 2**15 + 2, 2**16 - 2, 2**16
+    places = torch.tensor([padded * (rows - 1) + 65000, 7, padded - 1])
+    assert _in_weight(places, padded, rows, inputs).tolist() == [inputs * (rows - 1) + 65000, 7, rows * inputs]
+    assert _in_weight(places[1:], padded, 8, inputs).dtype == torch.int32
 
 
 def test_a_layer_of_zeros_is_packed_zeros() -> None:

@@ -114,7 +114,8 @@ class Repacker:
     """Packs a weight again and again under one mask with a single gather, because only values move when a mask is held.
 
     Attributes:
-        index: int32 `[row_blocks * input_blocks * 4096]`: for each kept value in packed order its position in the padded weight.
+        index: int32, of a weight of 2^31 elements and more int64, `[row_blocks * input_blocks * 4096]`: for each multiplied value in packed
+            order its position in the flat weight; one past the end, where a zero lies, for a position outside the mask.
         metadata: int16 `[row_blocks, input_blocks, 512]`: which positions are kept, the same for every weight under the mask.
     """
 
@@ -136,18 +137,21 @@ class Repacker:
             rank = groups * 8 - torch.arange(4, device=device, dtype=torch.int8)
             kept = rank.topk(2, dim=1).indices.sort(dim=1).values
             first = torch.arange(groups.shape[0], device=device)[:, None] * 4
-            place = (first + kept).view(row_blocks, BLOCK_ROWS, k_blocks, BLOCK_K // 2)
+            place = _in_weight(first + kept, k_blocks * BLOCK_K, rows, inputs)
+            # A group with fewer than two non-zeros is filled up with positions outside the mask.
+            place = torch.where(groups.gather(1, kept) != 0, place, rows * inputs).view(row_blocks, BLOCK_ROWS, k_blocks, BLOCK_K // 2)
             order = _order_in_block().to(device)
             index = place.permute(0, 2, 1, 3).reshape(row_blocks, k_blocks, BLOCK_ELEMS)[..., order]
-            self.index = _in_weight(index.reshape(-1), k_blocks * BLOCK_K, rows, inputs)
+            self.index = index.reshape(-1).contiguous()
             self.metadata = packed[..., BLOCK_ELEMS:].clone()
 
 
 def _in_weight(padded_index: Tensor, padded_inputs: int, rows: int, inputs: int) -> Tensor:
-    """Int32 positions in the flat `[rows, inputs]` weight; `rows * inputs`, one past its end, for padding."""
+    """Positions in the flat `[rows, inputs]` weight, int32 where they fit; `rows * inputs`, one past its end, for padding."""
     row, column = padded_index // padded_inputs, padded_index % padded_inputs
     inside = (row < rows) & (column < inputs)
-    return torch.where(inside, row * inputs + column, rows * inputs).to(torch.int32)
+    positions = torch.where(inside, row * inputs + column, rows * inputs)
+    return positions.to(torch.int32) if rows * inputs < 2**31 else positions
 
 
 def _order_in_block() -> Tensor:
