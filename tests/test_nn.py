@@ -64,6 +64,12 @@ def test_inputs_of_any_strides(strided: Callable[[], torch.Tensor]) -> None:
     assert torch.equal(Linear24.from_linear(linear)(x), linear(x.contiguous()))
 
 
+@pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
+def test_the_call_is_that_of_a_linear_layer(kind: Any) -> None:
+    linear, x = pruned_linear(64, 40), torch.randn(3, 64).bfloat16()
+    assert torch.equal(kind.from_linear(linear)(input=x), linear(input=x))
+
+
 def test_a_transposed_weight_is_packed_like_its_copy() -> None:
     linear = pruned_linear(64, 40)
     strided = copy.deepcopy(linear)

@@ -89,12 +89,13 @@ class Linear24(nn.Module):
             layer.bias = linear.bias.detach().to(dtype).float()
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x . W^T + b`, `[..., out_features]`, of x's leading dimensions.
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `x . W^T + b`, `[..., out_features]`, of the leading dimensions of x, named `input` as in `nn.Linear`.
 
         Raises:
             InputError: x has another dtype (and autocast is off), last dimension, layout or device than the layer.
         """
+        x = input
         if x.dtype is not self.dtype:
             x = _autocast(x, self.dtype, "Linear24")
         buffers = self._buffers
@@ -255,12 +256,13 @@ class TrainableLinear24(nn.Module):
             raise InputError(f"{name}: expected an nn.Linear, got {type(linear).__name__}; other layers stay as they are")
         return cls(linear.weight, linear.bias, dtype or linear.weight.dtype, name).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return `x . (W * mask)^T + b`, `[..., out_features]`.
 
         Raises:
             InputError: as `Linear24.forward`. UnsupportedError: inside a forward-mode `dual_level`.
         """
+        x = input
         if x.dtype is not self.compute_dtype:
             x = _autocast(x, self.compute_dtype, "TrainableLinear24")
         if forward_ad._current_level >= 0:
