@@ -55,6 +55,24 @@ def test_a_state_of_the_other_dtype_is_converted() -> None:
     assert torch.equal(target.weight, source.weight.half())
 
 
+def test_a_bias_assigned_in_16_bits_is_added_in_32() -> None:
+    layer, twin = Linear24.from_linear(pruned_linear(64, 40)), Linear24.from_linear(pruned_linear(64, 40, seed=1))
+    state = layer.state_dict()
+    twin.load_state_dict({**state, "bias": state["bias"].bfloat16()}, assign=True)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_a_layer_packed_under_inference_mode_is_loaded_into_later() -> None:
+    with torch.inference_mode():
+        layer = Linear24.from_linear(pruned_linear(64, 40))
+        frozen = TrainableLinear24.from_linear(pruned_linear(64, 40)).freeze()
+    other = Linear24.from_linear(pruned_linear(64, 40, seed=1))
+    for made in (layer, frozen):
+        made.load_state_dict(other.state_dict())
+        assert torch.equal(made.bias, other.bias)  # type: ignore[arg-type]
+
+
 def test_a_weight_loaded_in_place_is_computed_with() -> None:
     layer, other = Linear24.from_linear(pruned_linear(32, 8)), Linear24.from_linear(pruned_linear(32, 8, seed=1))
     x = torch.randn(2, 32).bfloat16()
@@ -82,6 +100,14 @@ def test_the_trainable_form_saves_its_mask() -> None:
         (lambda s: s.update(_extra_state=torch.tensor([1, 0, 48, 64])), r"the state holds a weight \[48, 64\], expected \[40, 64\]"),
         (lambda s: (s.pop("packed"), s.update(weight=torch.zeros(40, 64))), "the state holds a dense weight, expected a packed one"),
         (lambda s: s.update(packed=torch.zeros(1, 1, 4, dtype=torch.int16)), "size mismatch for packed"),
+        (
+            lambda s: s.update(packed=torch.zeros(1, 1, 4, dtype=torch.int16), _extra_state=torch.tensor([1, 1, 40, 64])),
+            "size mismatch for packed",
+        ),
+        (
+            lambda s: s.update(packed=s["packed"].half()),
+            "packed weight is torch.float16, expected torch.int16; save the layer again, uncast",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit(change: Any, message: str) -> None:
@@ -122,6 +148,39 @@ def test_changing_the_dtype_repacks_the_weight_and_keeps_the_fp32_bias() -> None
     assert torch.equal(layer.bfloat16().weight, before.half().bfloat16())
 
 
+def test_the_bias_is_rounded_with_the_weight() -> None:
+    """Else a GPU, which adds it in fp32, and a CPU, which adds it in the dtype of x, would differ by more than rounding."""
+    linear = pruned_linear(64, 40, torch.float16)
+    state = Linear24.from_linear(linear).state_dict()
+    loaded = Linear24(64, 40, dtype=torch.bfloat16)
+    loaded.load_state_dict(state)
+    for layer in (Linear24.from_linear(linear).bfloat16(), loaded):
+        assert torch.equal(layer.bias, linear.bias.bfloat16().float())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_type_casts_the_values_and_leaves_the_integers(kind: Any, dtype: torch.dtype) -> None:
+    layer = kind.from_linear(pruned_linear(64, 40))
+    expected = layer.weight.detach().to(dtype)
+    nn.Sequential(layer).type(dtype)
+    assert torch.equal(layer.weight, expected)
+    assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
+
+
+def test_a_move_that_fails_leaves_the_bias_whole() -> None:
+    layer = Linear24.from_linear(pruned_linear(64, 40))
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel():
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    assert layer(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+
+
 def test_other_dtypes_are_refused() -> None:
     layer = Linear24.from_linear(pruned_linear(64, 40))
     with pytest.raises(InputError, match=r"cannot be converted to torch.float32, expected bfloat16 or float16; call to_linear\(\)"):
@@ -141,6 +200,16 @@ def test_the_meta_device_and_back() -> None:
     back.load_state_dict(state)
     assert torch.equal(back.weight, layer.weight)
     assert Linear24(64, 40, device="meta").packed.shape == layer.packed.shape
+
+
+def test_a_trainable_layer_on_the_meta_device_takes_a_state_as_others_do() -> None:
+    layer = TrainableLinear24.from_linear(pruned_linear(64, 40))
+    empty = copy.deepcopy(layer).to("meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        empty.load_state_dict(layer.state_dict())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(empty(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])

@@ -10,7 +10,18 @@ from torch.autograd import forward_ad
 from twofour.errors import InputError, UnsupportedError
 from twofour.nn import launch
 from twofour.nn.ops import is_plain_call
-from twofour.nn.packing import NAME_OF, Repacker, check_24, check_dtype, convert_packed, dense_of, pack_weight, packed_zeros, repack
+from twofour.nn.packing import (
+    NAME_OF,
+    Repacker,
+    check_24,
+    check_dtype,
+    convert_packed,
+    dense_of,
+    pack_weight,
+    packed_zeros,
+    repack,
+    rounded_bias,
+)
 
 FORMAT = 1
 _CODES = {torch.bfloat16: 0, torch.float16: 1}
@@ -30,6 +41,16 @@ def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     if castable and kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return x.to(dtype)
     raise InputError(f"{layer}: x is {x.dtype}, expected {dtype} like the weight; cast it or run under torch.autocast")
+
+
+def _moving_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, but integers and bits only move: `Module.type` casts them too."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if tensor.is_floating_point() or result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 class Linear24(nn.Module):
@@ -85,8 +106,7 @@ class Linear24(nn.Module):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
         layer.packed = pack_weight(linear.weight, dtype, name)
         if linear.bias is not None:
-            # The bias is rounded like the weight, then kept in the fp32 that the kernel adds.
-            layer.bias = linear.bias.detach().to(dtype).float()
+            layer.bias = rounded_bias(linear.bias, dtype)
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -143,16 +163,20 @@ class Linear24(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear24":
-        """Move or convert. The fp32 bias takes part as bits, so a change of dtype reaches only the packed values."""
+        """Move or convert. The bias takes part as bits and stays fp32; a change of dtype rounds it like the weight."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         if dtype not in NAME_OF:
             raise InputError(f"Linear24: cannot be converted to {dtype}, expected bfloat16 or float16; call to_linear() on it first")
         if self.bias is not None:
             self.bias = self.bias.view(torch.int32)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            self.bias = self.bias.view(torch.float32)
-        self.packed = convert_packed(self.packed, self.out_features, self.in_features, self.dtype, dtype, "Linear24")
+        try:
+            super()._apply(_moving_integers(fn), recurse)  # type: ignore[no-untyped-call]
+        finally:
+            if self.bias is not None:
+                self.bias = self.bias.view(torch.float32)
+        if dtype != self.dtype:
+            self.packed = convert_packed(self.packed, self.out_features, self.in_features, self.dtype, dtype, "Linear24")
+            self.bias = None if self.bias is None else rounded_bias(self.bias, dtype)
         self.dtype = dtype
         return self
 
@@ -186,7 +210,7 @@ class Linear24(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _converted(self, state_dict: dict[str, Any], prefix: str, name: str) -> dict[str, Any]:
-        """The state with its weight in this layer's dtype.
+        """The state with its values in this layer's dtype and the bias in fp32.
 
         Raises:
             InputError: it belongs to another size or format, or says nothing about itself.
@@ -194,8 +218,15 @@ class Linear24(nn.Module):
         dtype, rows, inputs = read_extra_state(state_dict.get(f"{prefix}_extra_state"), name)
         if (rows, inputs) != (self.out_features, self.in_features):
             raise InputError(f"{name}: the state holds a weight [{rows}, {inputs}], expected [{self.out_features}, {self.in_features}]")
-        packed = state_dict[f"{prefix}packed"]
-        return {**state_dict, f"{prefix}packed": convert_packed(packed, rows, inputs, dtype, self.dtype, name)}
+        packed, bias = state_dict[f"{prefix}packed"], state_dict.get(f"{prefix}bias")
+        if packed.dtype != torch.int16:
+            raise InputError(f"{name}: the state's packed weight is {packed.dtype}, expected torch.int16; save the layer again, uncast")
+        changed: dict[str, Any] = {}
+        if dtype != self.dtype and packed.shape == self.packed.shape:
+            changed[f"{prefix}packed"] = convert_packed(packed, rows, inputs, dtype, self.dtype, name)
+        if bias is not None:
+            changed[f"{prefix}bias"] = bias.float() if dtype == self.dtype else rounded_bias(bias, self.dtype)
+        return {**state_dict, **changed}
 
 
 def read_extra_state(state: Any, name: str) -> tuple[torch.dtype, int, int]:
@@ -277,7 +308,7 @@ class TrainableLinear24(nn.Module):
         layer = Linear24(self.in_features, self.out_features, self.bias is not None, "meta", self.compute_dtype)
         layer.packed = pack_weight(torch.where(self.mask, self.weight.detach(), 0), self.compute_dtype)
         if self.bias is not None:
-            layer.bias = self.bias.detach().to(self.compute_dtype).float()
+            layer.bias = rounded_bias(self.bias, self.compute_dtype)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -285,7 +316,7 @@ class TrainableLinear24(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrainableLinear24":
         before = self.weight.dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_moving_integers(fn), recurse)  # type: ignore[no-untyped-call]
         after = self.weight.dtype
         if after != before and after in NAME_OF:
             self.compute_dtype = after
@@ -293,5 +324,7 @@ class TrainableLinear24(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        if self.mask.is_meta:
+            return
         repacker = Repacker(self.mask, args[1].rstrip(".") or "mask")
         self.index, self.metadata = repacker.index, repacker.metadata

@@ -76,6 +76,12 @@ def pack_weight(weight: Tensor, dtype: torch.dtype, layer: str = "weight") -> Te
         return packed
 
 
+def rounded_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bias rounded to `dtype` like the weight, in the fp32 that the kernel adds."""
+    with torch.inference_mode(False), torch.no_grad():
+        return bias.detach().to(dtype).float()
+
+
 def unpack_weight(packed: Tensor, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """Return the dense weight `[rows, inputs]` of a packed one; pruned positions are +0."""
     with torch.inference_mode(False), torch.no_grad():
