@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,28 @@ def test_under_autocast_to_the_other_dtype_the_weights_own_dtype_stays(kind: Any
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compiled(x.detach().float()), expected)
+
+
+def test_a_backward_pass_inside_autocast_keeps_the_gradients_dtype() -> None:
+    """Gradients of 1e6, which fp16 does not hold."""
+    layer = TrainableLinear24.from_linear(pruned_linear(32, 16))
+    found = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.float16)):
+        x = torch.ones(4, 32, dtype=torch.bfloat16, requires_grad=True)
+        layer.weight.grad = None
+        with context:
+            y = layer(x)
+            y.backward(torch.full_like(y, 1e6))
+        found.append((x.grad, layer.weight.grad))
+    assert all(torch.equal(inside, outside) for outside, inside in zip(*found, strict=True))
+
+
+def test_gradients_on_the_meta_device() -> None:
+    for layer in (Linear24(32, 16, device="meta"), TrainableLinear24.from_linear(pruned_linear(32, 16)).to("meta")):
+        x = torch.empty(4, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
 
 
 # Tracing.

@@ -464,10 +464,21 @@ def test_bad_inputs(x: torch.Tensor, message: str, compiled: bool) -> None:
         layer(x)
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
-def test_sparse_inputs_are_refused(layout: torch.layout) -> None:
+@pytest.mark.parametrize("layer", [LAYER, LAYER.trainable()])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn])
+def test_sparse_inputs_are_refused(layout: torch.layout, layer: nn.Module) -> None:
+    x = torch.eye(2, 64).bfloat16()
     with pytest.raises(InputError, match=rf"x has layout {layout}, expected a strided tensor; call x.to_dense\(\)"):
-        LAYER(torch.eye(2, 64).to_sparse(layout=layout).bfloat16())
+        layer(x.to_mkldnn() if layout == torch._mkldnn else x.to_sparse(layout=layout))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layer", [LAYER, LAYER.trainable()])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_refused(layout: torch.layout, layer: nn.Module) -> None:
+    x = torch.nested.nested_tensor([torch.zeros(n, 64).bfloat16() for n in (2, 3)], layout=layout)
+    with pytest.raises(InputError, match=r"x is a nested tensor, expected a strided one; call it on x.values\(\) or pad x"):
+        layer(x)
+    assert layer(x.values()).shape == (5, 40) if layout == torch.jagged else True
 
 
 @pytest.mark.parametrize(

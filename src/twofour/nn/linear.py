@@ -43,6 +43,16 @@ def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     raise InputError(f"{layer}: x is {x.dtype}, expected {dtype} like the weight; cast it or run under torch.autocast")
 
 
+def _refuse_nested(x: Tensor, layer: str) -> None:
+    """Do nothing unless x is a nested tensor, which no operator of ours takes.
+
+    Raises:
+        InputError: it is one.
+    """
+    if x.is_nested:
+        raise InputError(f"{layer}: x is a nested tensor, expected a strided one; call it on x.values() or pad x")
+
+
 def _moving_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn`, but integers and bits only move: `Module.type` casts them too."""
 
@@ -127,6 +137,7 @@ class Linear24(nn.Module):
                 return launch.run(ready, x, packed, bias)
             if x.shape[-1:] == (self.in_features,) and packed.device == x.device and launch.runs_on(x.device):
                 return launch.linear(x, packed, bias, self.out_features, self.in_features)
+        _refuse_nested(x, "Linear24")
         if forward_ad._current_level >= 0:
             return self._with_tangent(x)
         y: Tensor = torch.ops.twofour.linear24(x, packed, bias, self.out_features, self.in_features, self.dtype)
@@ -296,6 +307,7 @@ class TrainableLinear24(nn.Module):
         x = input
         if x.dtype is not self.compute_dtype:
             x = _autocast(x, self.compute_dtype, "TrainableLinear24")
+        _refuse_nested(x, "TrainableLinear24")
         if forward_ad._current_level >= 0:
             raise UnsupportedError("TrainableLinear24: forward-mode derivatives are not built, expected backward ones; use Linear24")
         packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
