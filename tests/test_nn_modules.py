@@ -47,6 +47,25 @@ def test_packed_weights_go_to_safetensors_and_back(tmp_path: Path) -> None:
     assert state["0.packed"].numel() * 2 * 16 == 9 * dense_bytes
 
 
+def test_a_layer_of_two_names_is_restored_as_one_and_a_model_without_memory_takes_the_state() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = pruned_linear(64, 64)
+            self.again = self.first
+            self.norm = nn.LayerNorm(64).bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.again(self.first(x)))  # type: ignore[no-any-return]
+
+    model, x = Net(), torch.randn(3, 64).bfloat16()
+    convert(model)
+    for fresh in (Net(), Net().to("meta")):
+        assert torch.equal(restore(fresh, model.state_dict())(x), model(x))
+        assert isinstance(fresh.first, Linear24)
+        assert fresh.first is fresh.again
+
+
 def test_a_state_of_the_other_dtype_is_converted() -> None:
     source = Linear24.from_linear(pruned_linear(64, 40, torch.bfloat16))
     target = Linear24(64, 40, dtype=torch.float16)
@@ -289,6 +308,56 @@ def test_convert_tells_for_each_layer_what_was_done_and_why() -> None:
     assert "  dense [32, 32]: dense, not 2:4: row 2, inputs 8-11 = 0.5, -1, 0.25, 2" in lines
 
 
+class Traced(torch.Tensor):
+    """A tensor of a class of its own, as quantised and sharded weights are."""
+
+
+def replaced_forward(linear: nn.Linear) -> None:
+    plain = linear.forward
+    linear.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replaced_forward, "its forward has been replaced by another, which would be lost"),
+        (lambda m: m.register_parameter("lora_a", nn.Parameter(torch.zeros(2))), "it holds lora_a too, which would be lost"),
+        (lambda m: m.register_full_backward_pre_hook(lambda *_: None), "it has hooks, which would be lost"),
+        (lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.as_subclass(Traced))), "its weight is a Traced, not a plain tensor"),
+        (
+            lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.to_sparse())),
+            "its weight is a tensor of layout torch.sparse_coo, not a plain tensor",
+        ),
+    ],
+)
+def test_a_layer_that_is_more_than_its_weight_stays_dense(change: Any, reason: str) -> None:
+    model = nn.Sequential(pruned_linear(64, 40))
+    change(model[0])
+    record = convert(model)
+    assert [layer.reason for layer in record.layers] == [reason]
+    assert type(model[0]) is nn.Linear
+
+
+def test_layers_of_other_outputs_do_not_stop_the_example() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.none, self.pair = pruned_linear(64, 40), nn.Linear(40, 0).bfloat16(), Pair(40, 8).bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            self.none(x)
+            return self.pair(x)[0]  # type: ignore[no-any-return]
+
+    record = convert(Net(), torch.randn(3, 64).bfloat16())
+    assert [layer.converted for layer in record.layers] == [True, False, False]
+    assert [layer.reason.split(",")[0] for layer in record.dense] == ["its weight has no elements", "a Pair"]
+
+
 def test_an_encoder_layers_fused_path_would_read_the_weight() -> None:
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).bfloat16().eval()
     layer.linear1, layer.linear2 = pruned_linear(32, 64), pruned_linear(64, 32)
@@ -434,6 +503,16 @@ def test_a_weight_that_is_not_24_names_layer_group_and_values(kind: Any) -> None
         (lambda: Linear24(8, 8, dtype=torch.float32), "Linear24: weight dtype is torch.float32"),
         (lambda: convert(nn.Linear(8, 8)), "convert: the model is itself an nn.Linear"),
         (lambda: convert(a_model(), exclude=["3"]), "exclude '3' matches no linear layer of the model"),
+        (lambda: convert(a_model(), exclude="*.head"), r"exclude is '\*.head', expected a list of patterns; write \['\*.head'\]"),
+        (lambda: convert(a_model(), dtype=torch.float32), "convert: dtype is torch.float32, expected torch.bfloat16 or torch.float16"),
+        (
+            lambda: convert(a_model(), torch.zeros(2, 60).bfloat16()),
+            "convert: the model does not run on the example inputs, expected inputs that it takes: mat1 and mat2 shapes",
+        ),
+        (
+            lambda: Linear24.from_linear(nn.LazyLinear(8, dtype=torch.float16)),
+            "linear: the weight is a UninitializedParameter, expected a plain tensor",
+        ),
         (lambda: convert(a_model(), 3), "example_inputs is a int, expected a tensor, a tuple of arguments or a dict"),
     ],
 )

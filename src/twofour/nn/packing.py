@@ -49,12 +49,22 @@ def violation(weight: Tensor) -> str:
     return f"row {row}, inputs {4 * group}-{4 * group + 3} = {four}"
 
 
+def oddity(weight: Tensor) -> str:
+    """Return what a weight is that is no plain strided tensor (quantised, sharded, sparse, not initialised); empty for a plain one."""
+    if weight.layout != torch.strided:
+        return f"a tensor of layout {weight.layout}"
+    return "" if type(weight) in (Tensor, torch.nn.Parameter) else f"a {type(weight).__name__}"
+
+
 def check_24(weight: Tensor, layer: str) -> None:
     """Do nothing for a matrix that is 2:4 along its inputs.
 
     Raises:
-        InputError: no matrix, or a group of four with three or four non-zeros; names layer, row, group and values.
+        InputError: no plain matrix, or a group of four with three or four non-zeros; names layer, row, group and values.
     """
+    odd = oddity(weight)
+    if odd:
+        raise InputError(f"{layer}: the weight is {odd}, expected a plain tensor; make the 2:4 layer before the weight is changed into one")
     if weight.ndim != 2 or weight.numel() == 0:
         raise InputError(f"{layer}: expected a weight [out_features, in_features] of at least one element, got shape {list(weight.shape)}")
     where = violation(weight)
