@@ -1,6 +1,7 @@
 """The parts of the GPU protocol that need no GPU: medians, spreads, operand sets, refusals, and what rows become when kernels change."""
 
 import json
+import os
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -10,7 +11,7 @@ from twofour.builder.tactics.gemm import Tactic, modelled, tactics, why_not
 from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
-from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary, to_do
+from twofour.report.gemm import SHAPES, current_rows, measure_gemm, parse_shape, summary, to_do
 from twofour.timing.gpu import HEAT_S, MOST_SETTLE_S, PROTOCOL, SAMPLE_S, Stopwatch, figure, is_settled, refuse_unstable, sets_for
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -62,6 +63,27 @@ def test_a_shape_is_three_integers() -> None:
     assert parse_shape("512x6144x4096")[1] == (512, 6144, 4096)
     with pytest.raises(InputError, match=r"--shape '512x6144' is not three positive integers tokens x outputs x inputs; write it like"):
         parse_shape("512x6144")
+
+
+@pytest.mark.parametrize("rows", [3, [1], [{"name": "a", "dtype": "bf16"}]])
+def test_damaged_results_are_told_before_anything_is_measured(rows: object, tmp_path: Path) -> None:
+    path = tmp_path / "gemm.json"
+    path.write_text(json.dumps({"schema": 1, "kind": "gemm", "rows": rows}))
+    with pytest.raises(
+        InputError, match=r"gemm.json: its rows are damaged, expected those written by `twofour measure gemm`; move it away"
+    ):
+        measure_gemm(path)
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("twofour.report.gemm.Stopwatch", MagicMock)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"gemm.json' cannot be written: its folder is not writable; choose another"):
+        measure_gemm(tmp_path / "new" / "gemm.json")
+
+
+def test_a_data_type_asked_for_twice_is_measured_once() -> None:
+    assert len(to_do(SHAPES, ("bf16", "bf16"), [])) == len(SHAPES)
 
 
 def test_the_standard_shapes_are_the_23_promised() -> None:
