@@ -256,6 +256,25 @@ def test_the_dense_form_is_unpacked_once_and_forgotten_with_its_layer() -> None:
     assert torch.equal(layer.weight, unpack_weight(layer.packed, 40, 64, torch.bfloat16))
 
 
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """The trainable form as it is; the packed one where the wrapper is told, as the documentation says, to leave packed weights alone."""
+    wrapper, x = nn.parallel.DistributedDataParallel, torch.randn(4, 64).bfloat16()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for trainable in (True, False):
+            model = nn.Sequential(pruned_linear(64, 40), nn.Linear(40, 4).bfloat16())
+            convert(model, exclude=["1"], trainable=trainable)
+            if not trainable:
+                packed = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.int16]
+                wrapper._set_params_and_buffers_to_ignore_for_model(model, packed)
+            parallel = wrapper(model)
+            assert torch.equal(parallel(x), model(x))
+            parallel(x).sum().backward()
+            assert model[1].weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Whole models.
 
 

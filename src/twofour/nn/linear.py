@@ -285,7 +285,8 @@ class TrainableLinear24(nn.Module):
         self.register_buffer("mask", weight.detach() != 0)
         repacker = Repacker(self.mask, name)
         self.register_buffer("index", repacker.index, persistent=False)
-        self.register_buffer("metadata", repacker.metadata, persistent=False)
+        # As int32: a data-parallel wrapper sends every buffer to all processes, and neither NCCL nor gloo carries int16.
+        self.register_buffer("metadata", repacker.metadata.view(torch.int32), persistent=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, dtype: torch.dtype | None = None, name: str = "linear") -> "TrainableLinear24":
@@ -310,7 +311,7 @@ class TrainableLinear24(nn.Module):
         _refuse_nested(x, "TrainableLinear24")
         if forward_ad._current_level >= 0:
             raise UnsupportedError("TrainableLinear24: forward-mode derivatives are not built, expected backward ones; use Linear24")
-        packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
+        packed = repack(self.weight.detach(), self.index, self.metadata.view(torch.int16), self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
         y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)
         return y
@@ -339,4 +340,4 @@ class TrainableLinear24(nn.Module):
         if self.mask.is_meta:
             return
         repacker = Repacker(self.mask, args[1].rstrip(".") or "mask")
-        self.index, self.metadata = repacker.index, repacker.metadata
+        self.index, self.metadata = repacker.index, repacker.metadata.view(torch.int32)
