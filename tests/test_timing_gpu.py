@@ -2,12 +2,13 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
-from twofour.builder.tactics.gemm import Tactic, modelled, tactics, why_not
+from twofour.builder.tactics.gemm import Choice, Tactic, _recall, _remember, modelled, tactics, why_not
 from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
@@ -44,6 +45,38 @@ def test_tactics_are_few_legal_and_include_the_libraries() -> None:
     assert all(why_not(problem, t) is None for t in found)
     assert modelled(problem).tactic == found[0]
     assert "modelled, not timed" in str(modelled(problem))
+
+
+TACTICS = tactics(Problem(100, 40, 64))
+TIMED = {"tactic": str(TACTICS[0]), "times_us": {str(TACTICS[0]): 2.0, str(TACTICS[1]): 3.0}, "left_out": {}}
+
+
+def test_a_choice_comes_back_from_the_cache_of_many_threads(tmp_path: Path) -> None:
+    path, choice = tmp_path / "choices" / "a.json", Choice(TACTICS[0], {str(TACTICS[0]): 2.0, str(TACTICS[1]): 3.0}, {})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _remember(path, choice), range(200)))
+    assert _recall(path, TACTICS) == choice
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[" * 100_000,
+        json.dumps(TIMED | {"times_us": {}}),
+        json.dumps(TIMED | {"times_us": {str(TACTICS[1]): 3.0}}),
+        json.dumps(TIMED | {"tactic": str(TACTICS[1])}),
+        json.dumps(TIMED | {"times_us": {str(TACTICS[0]): float("nan")}}),
+        json.dumps(TIMED | {"tactic": "another"}),
+    ],
+)
+def test_a_damaged_choice_is_measured_anew(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert _recall(path, TACTICS) is None
+    assert "is measured anew" in caplog.text
+    assert "()" not in caplog.text
 
 
 def test_a_library_that_cannot_fuse_says_so() -> None:
