@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from nn_layers import pruned_linear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import twofour
@@ -47,7 +47,7 @@ def test_packed_weights_go_to_safetensors_and_back(tmp_path: Path) -> None:
     assert state["0.packed"].numel() * 2 * 16 == 9 * dense_bytes
 
 
-def test_a_layer_of_two_names_is_restored_as_one_and_a_model_without_memory_takes_the_state() -> None:
+def test_a_layer_of_two_names_is_restored_as_one_and_a_model_without_memory_takes_the_state(tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -60,8 +60,11 @@ def test_a_layer_of_two_names_is_restored_as_one_and_a_model_without_memory_take
 
     model, x = Net(), torch.randn(3, 64).bfloat16()
     convert(model)
-    for fresh in (Net(), Net().to("meta")):
-        assert torch.equal(restore(fresh, model.state_dict())(x), model(x))
+    save_model(model, str(tmp_path / "m.safetensors"))
+    one_name = load_file(tmp_path / "m.safetensors")
+    assert sum(name.endswith(".packed") for name in one_name) == 1
+    for fresh, state in ((Net(), model.state_dict()), (Net().to("meta"), model.state_dict()), (Net(), one_name)):
+        assert torch.equal(restore(fresh, state)(x), model(x))
         assert isinstance(fresh.first, Linear24)
         assert fresh.first is fresh.again
 
@@ -532,6 +535,8 @@ def test_a_weight_that_is_not_24_names_layer_group_and_values(kind: Any) -> None
             lambda: Linear24.from_linear(nn.LazyLinear(8, dtype=torch.float16)),
             "linear: the weight is a UninitializedParameter, expected a plain tensor",
         ),
+        (lambda: convert("model"), "convert: the model is a str, expected a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: restore(a_model(), "x.safetensors"), "restore: the state is a str, expected names and tensors"),  # type: ignore[arg-type]
         (lambda: convert(a_model(), 3), "example_inputs is a int, expected a tensor, a tuple of arguments or a dict"),
     ],
 )

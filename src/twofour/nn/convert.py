@@ -102,6 +102,8 @@ def convert(
     """
     if isinstance(model, nn.Linear):
         raise InputError("convert: the model is itself an nn.Linear, which cannot be replaced in place; use Linear24.from_linear")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"convert: the model is a {type(model).__name__}, expected a torch.nn.Module")
     if dtype is not None and dtype not in NAME_OF:
         raise InputError(f"convert: dtype is {dtype}, expected torch.bfloat16 or torch.float16")
     if isinstance(exclude, str):
@@ -311,16 +313,34 @@ def disagreement(layer: nn.Module, linear: nn.Linear, tokens: int) -> str:
     return f"its 2:4 form computes {got:.6g} instead of {want:.6g} at token {token}, output {row}"
 
 
+def _under_all_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with each tensor that the model holds under several names under all of them, if it is there under one."""
+    whole = dict(state_dict)
+    names: dict[int, list[str]] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    for group in names.values():
+        known = next((state_dict[name] for name in group if name in state_dict), None)
+        if known is not None:
+            whole |= {name: known for name in group if name not in whole}
+    return whole
+
+
 def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return `model` with the layers that are packed in `state_dict` replaced by `Linear24`, and the state loaded, strictly.
 
     A layer that the model holds under several names stays one. What is on the meta device takes the tensors of the state.
 
-    `safetensors.torch.load_file` of what `save_file(model.state_dict(), path)` wrote gives such a state.
+    `safetensors.torch.load_file` of what `save_file(model.state_dict(), path)` wrote gives such a state, and of what `save_model` wrote,
+    which keeps one name of each tensor.
 
     Raises:
-        InputError: a packed layer's name is no `nn.Linear` or `Linear24` of the model, or its size differs.
+        InputError: a packed layer's name is no `nn.Linear` or `Linear24` of the model, or its size differs; the state is no mapping.
     """
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise InputError(f"restore: the state is a {kind}, expected names and tensors; load a file with safetensors.torch.load_file")
     places = dict(_places(model))
     for key in state_dict:
         name, _, last = key.rpartition(".")
@@ -342,7 +362,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         for place in places[old]:
             model.set_submodule(place, layer)
     try:
-        model.load_state_dict(state_dict, assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
+        model.load_state_dict(_under_all_names(model, state_dict), assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
     except RuntimeError as e:
         raise InputError(f"restore: the state does not fit the model: {' '.join(str(e).split())}; build the same model") from e
     return model
