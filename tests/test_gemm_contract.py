@@ -150,6 +150,9 @@ def test_the_ladder_takes_every_problem() -> None:
         ({"tokens": 0}, "tokens is 0, expected a positive multiple of 1"),
         ({"outputs": 12}, "outputs is 12, expected a positive multiple of 8; pad it when the weight is packed"),
         ({"inputs": 20}, "inputs is 20, expected a positive multiple of 8"),
+        ({"tokens": 2**31}, "tokens is 2147483648, expected at most 2147483647; cut the product into several"),
+        ({"tokens": 2**26, "outputs": 2**20}, "67108864 tokens by 1048576 weight rows are more than 2147483647 tiles of 32 x 32"),
+        ({"outputs": 2**30 + 8, "epilogue": Epilogue(gated=True)}, "tokens by 2147483664 weight rows are more than 2147483647 tiles"),
         ({"dtype": "bf61"}, "dtype 'bf61' is not one of bf16, fp16; did you mean 'bf16'"),
         ({"out_dtype": "int8"}, "out_dtype 'int8' is not one of bf16, fp16, fp32"),
     ],
@@ -157,6 +160,14 @@ def test_the_ladder_takes_every_problem() -> None:
 def test_a_bad_problem_is_one_sentence(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(PROBLEM, **arguments)
+
+
+@pytest.mark.parametrize("sms", [1, 78, 132])
+@pytest.mark.parametrize("sizes", [(2**31 - 1, 512, 32), (1, 2**31 - 8, 32), (2**20, 2**20, 2**31 - 8), (1, 8, 2**31 - 8)])
+def test_the_numbers_of_the_largest_problems_fit_the_kernels(sizes: tuple[int, int, int], sms: int) -> None:
+    problem = Problem(*sizes)
+    for config in (*candidates(problem, sms), Config("pipelined"), Config("naive")):
+        assert len(pack_sizes(problem, derive(problem, config, sms))) == 4 * 23
 
 
 def test_a_bad_epilogue_is_one_sentence() -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,18 @@ def test_a_missing_entry_is_an_error_when_compiling_is_off(tmp_path: Path, monke
         default_cache().get(TINY)
 
 
-@pytest.mark.parametrize("damage", ["kernel.cubin", "entry.json"])
-def test_a_damaged_entry_is_said_once_and_compiled_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("damage", "content"), [("kernel.cubin", b"rubbish"), ("entry.json", b"rubbish"), ("entry.json", b"[" * 100_000), ("", b"rubbish")]
+)
+def test_a_damaged_entry_is_said_once_and_compiled_anew(
+    tmp_path: Path, damage: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = Cache(tmp_path)
     good = cache.get(TINY)
     place = tmp_path / cache.key(TINY)[:2] / cache.key(TINY)
-    (place / damage).write_bytes(b"rubbish")
+    if not damage:
+        shutil.rmtree(place)
+    (place / damage).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         assert cache.get(TINY).cubin == good.cubin
     assert caplog.text.count("is damaged") == 1

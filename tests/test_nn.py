@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 
 from twofour.errors import InputError, UnsupportedError
 from twofour.nn import Linear24, TrainableLinear24, ops
-from twofour.nn.packing import Repacker, pack_weight, packed_shape, packed_zeros, repack, unpack_weight
+from twofour.nn.packing import Repacker, _in_weight, pack_weight, packed_shape, packed_zeros, repack, unpack_weight
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -64,6 +65,12 @@ def test_inputs_of_any_strides(strided: Callable[[], torch.Tensor]) -> None:
     assert torch.equal(Linear24.from_linear(linear)(x), linear(x.contiguous()))
 
 
+@pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
+def test_the_call_is_that_of_a_linear_layer(kind: Any) -> None:
+    linear, x = pruned_linear(64, 40), torch.randn(3, 64).bfloat16()
+    assert torch.equal(kind.from_linear(linear)(input=x), linear(input=x))
+
+
 def test_a_transposed_weight_is_packed_like_its_copy() -> None:
     linear = pruned_linear(64, 40)
     strided = copy.deepcopy(linear)
@@ -99,6 +106,23 @@ def test_repacking_leaves_out_what_the_mask_drops() -> None:
     fresh = torch.randn(136, 80).bfloat16()
     packed = repack(fresh, repacker.index, repacker.metadata, torch.bfloat16)
     assert torch.equal(unpack_weight(packed, 136, 80, torch.bfloat16), torch.where(linear.weight != 0, fresh, 0))
+
+
+def test_a_group_of_fewer_than_two_multiplies_nothing_outside_the_mask() -> None:
+    """Such a group is packed with its lowest zero positions too; what is written there is not computed with, as on the CPU."""
+    mask = torch.zeros(130, 70, dtype=torch.bool)
+    mask[::2, 1::4] = True
+    repacker = Repacker(mask)
+    packed = repack(torch.randn(130, 70).bfloat16(), repacker.index, repacker.metadata, torch.bfloat16)
+    assert not unpack_weight(packed, 130, 70, torch.bfloat16)[~mask].any()
+
+
+def test_positions_in_a_weight_of_four_gibibytes_do_not_wrap() -> None:
+    """The weight itself is not made: 2^31 elements, of which two positions and one of the padding are asked for."""
+    rows, inputs, padded = 2**15 + 2, 2**16 - 2, 2**16
+    places = torch.tensor([padded * (rows - 1) + 65000, 7, padded - 1])
+    assert _in_weight(places, padded, rows, inputs).tolist() == [inputs * (rows - 1) + 65000, 7, rows * inputs]
+    assert _in_weight(places[1:], padded, 8, inputs).dtype == torch.int32
 
 
 def test_a_layer_of_zeros_is_packed_zeros() -> None:
@@ -229,6 +253,28 @@ def test_under_autocast_to_the_other_dtype_the_weights_own_dtype_stays(kind: Any
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compiled(x.detach().float()), expected)
+
+
+def test_a_backward_pass_inside_autocast_keeps_the_gradients_dtype() -> None:
+    """Gradients of 1e6, which fp16 does not hold."""
+    layer = TrainableLinear24.from_linear(pruned_linear(32, 16))
+    found = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.float16)):
+        x = torch.ones(4, 32, dtype=torch.bfloat16, requires_grad=True)
+        layer.weight.grad = None
+        with context:
+            y = layer(x)
+            y.backward(torch.full_like(y, 1e6))
+        found.append((x.grad, layer.weight.grad))
+    assert all(torch.equal(inside, outside) for outside, inside in zip(*found, strict=True))
+
+
+def test_gradients_on_the_meta_device() -> None:
+    for layer in (Linear24(32, 16, device="meta"), TrainableLinear24.from_linear(pruned_linear(32, 16)).to("meta")):
+        x = torch.empty(4, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
 
 
 # Tracing.

@@ -138,6 +138,17 @@ def test_gradients_and_a_training_step() -> None:
     assert_close(trained(x.detach()), x, trained.freeze().to_linear())
 
 
+def test_nothing_outside_the_mask_is_multiplied() -> None:
+    """Groups of one non-zero, which packing fills up with a zero position: what is written there is not computed with."""
+    linear, _ = on_gpu(256, 136)
+    linear.weight[:, torch.arange(256) % 4 != 1] = 0
+    layer, x = TrainableLinear24.from_linear(linear), normal(20, 256)
+    before = layer(x)
+    layer.weight.data[~layer.mask] = 7.0
+    assert torch.equal(layer(x), before)
+    assert_close(before, x, linear)
+
+
 @pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
 def test_autocast(kind: Any) -> None:
     linear = pruned_linear(64, 40, torch.float32).cuda()

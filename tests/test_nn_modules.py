@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from nn_layers import pruned_linear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import twofour
@@ -47,12 +47,52 @@ def test_packed_weights_go_to_safetensors_and_back(tmp_path: Path) -> None:
     assert state["0.packed"].numel() * 2 * 16 == 9 * dense_bytes
 
 
+def test_a_layer_of_two_names_is_restored_as_one_and_a_model_without_memory_takes_the_state(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = pruned_linear(64, 64)
+            self.again = self.first
+            self.norm = nn.LayerNorm(64).bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.again(self.first(x)))  # type: ignore[no-any-return]
+
+    model, x = Net(), torch.randn(3, 64).bfloat16()
+    convert(model)
+    save_model(model, str(tmp_path / "m.safetensors"))
+    one_name = load_file(tmp_path / "m.safetensors")
+    assert sum(name.endswith(".packed") for name in one_name) == 1
+    for fresh, state in ((Net(), model.state_dict()), (Net().to("meta"), model.state_dict()), (Net(), one_name)):
+        assert torch.equal(restore(fresh, state)(x), model(x))
+        assert isinstance(fresh.first, Linear24)
+        assert fresh.first is fresh.again
+
+
 def test_a_state_of_the_other_dtype_is_converted() -> None:
     source = Linear24.from_linear(pruned_linear(64, 40, torch.bfloat16))
     target = Linear24(64, 40, dtype=torch.float16)
     target.load_state_dict(source.state_dict())
     assert target.dtype == torch.float16
     assert torch.equal(target.weight, source.weight.half())
+
+
+def test_a_bias_assigned_in_16_bits_is_added_in_32() -> None:
+    layer, twin = Linear24.from_linear(pruned_linear(64, 40)), Linear24.from_linear(pruned_linear(64, 40, seed=1))
+    state = layer.state_dict()
+    twin.load_state_dict({**state, "bias": state["bias"].bfloat16()}, assign=True)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_a_layer_packed_under_inference_mode_is_loaded_into_later() -> None:
+    with torch.inference_mode():
+        layer = Linear24.from_linear(pruned_linear(64, 40))
+        frozen = TrainableLinear24.from_linear(pruned_linear(64, 40)).freeze()
+    other = Linear24.from_linear(pruned_linear(64, 40, seed=1))
+    for made in (layer, frozen):
+        made.load_state_dict(other.state_dict())
+        assert torch.equal(made.bias, other.bias)  # type: ignore[arg-type]
 
 
 def test_a_weight_loaded_in_place_is_computed_with() -> None:
@@ -82,6 +122,14 @@ def test_the_trainable_form_saves_its_mask() -> None:
         (lambda s: s.update(_extra_state=torch.tensor([1, 0, 48, 64])), r"the state holds a weight \[48, 64\], expected \[40, 64\]"),
         (lambda s: (s.pop("packed"), s.update(weight=torch.zeros(40, 64))), "the state holds a dense weight, expected a packed one"),
         (lambda s: s.update(packed=torch.zeros(1, 1, 4, dtype=torch.int16)), "size mismatch for packed"),
+        (
+            lambda s: s.update(packed=torch.zeros(1, 1, 4, dtype=torch.int16), _extra_state=torch.tensor([1, 1, 40, 64])),
+            "size mismatch for packed",
+        ),
+        (
+            lambda s: s.update(packed=s["packed"].half()),
+            "packed weight is torch.float16, expected torch.int16; save the layer again, uncast",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit(change: Any, message: str) -> None:
@@ -122,6 +170,39 @@ def test_changing_the_dtype_repacks_the_weight_and_keeps_the_fp32_bias() -> None
     assert torch.equal(layer.bfloat16().weight, before.half().bfloat16())
 
 
+def test_the_bias_is_rounded_with_the_weight() -> None:
+    """Else a GPU, which adds it in fp32, and a CPU, which adds it in the dtype of x, would differ by more than rounding."""
+    linear = pruned_linear(64, 40, torch.float16)
+    state = Linear24.from_linear(linear).state_dict()
+    loaded = Linear24(64, 40, dtype=torch.bfloat16)
+    loaded.load_state_dict(state)
+    for layer in (Linear24.from_linear(linear).bfloat16(), loaded):
+        assert torch.equal(layer.bias, linear.bias.bfloat16().float())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_type_casts_the_values_and_leaves_the_integers(kind: Any, dtype: torch.dtype) -> None:
+    layer = kind.from_linear(pruned_linear(64, 40))
+    expected = layer.weight.detach().to(dtype)
+    nn.Sequential(layer).type(dtype)
+    assert torch.equal(layer.weight, expected)
+    assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
+
+
+def test_a_move_that_fails_leaves_the_bias_whole() -> None:
+    layer = Linear24.from_linear(pruned_linear(64, 40))
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel():
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    assert layer(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+
+
 def test_other_dtypes_are_refused() -> None:
     layer = Linear24.from_linear(pruned_linear(64, 40))
     with pytest.raises(InputError, match=r"cannot be converted to torch.float32, expected bfloat16 or float16; call to_linear\(\)"):
@@ -141,6 +222,16 @@ def test_the_meta_device_and_back() -> None:
     back.load_state_dict(state)
     assert torch.equal(back.weight, layer.weight)
     assert Linear24(64, 40, device="meta").packed.shape == layer.packed.shape
+
+
+def test_a_trainable_layer_on_the_meta_device_takes_a_state_as_others_do() -> None:
+    layer = TrainableLinear24.from_linear(pruned_linear(64, 40))
+    empty = copy.deepcopy(layer).to("meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        empty.load_state_dict(layer.state_dict())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(empty(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", [Linear24, TrainableLinear24])
@@ -166,6 +257,25 @@ def test_the_dense_form_is_unpacked_once_and_forgotten_with_its_layer() -> None:
         untracked.copy_(layer.packed)
         assert not torch.equal(dense_of(untracked, 40, 64, torch.bfloat16), first)
     assert torch.equal(layer.weight, unpack_weight(layer.packed, 40, 64, torch.bfloat16))
+
+
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """The trainable form as it is; the packed one where the wrapper is told, as the documentation says, to leave packed weights alone."""
+    wrapper, x = nn.parallel.DistributedDataParallel, torch.randn(4, 64).bfloat16()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for trainable in (True, False):
+            model = nn.Sequential(pruned_linear(64, 40), nn.Linear(40, 4).bfloat16())
+            convert(model, exclude=["1"], trainable=trainable)
+            if not trainable:
+                packed = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.int16]
+                wrapper._set_params_and_buffers_to_ignore_for_model(model, packed)
+            parallel = wrapper(model)
+            assert torch.equal(parallel(x), model(x))
+            parallel(x).sum().backward()
+            assert model[1].weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Whole models.
@@ -218,6 +328,56 @@ def test_convert_tells_for_each_layer_what_was_done_and_why() -> None:
     assert lines[0] == "Conversion(2 of 9 linear layers 2:4)"
     assert len(lines) == 10
     assert "  dense [32, 32]: dense, not 2:4: row 2, inputs 8-11 = 0.5, -1, 0.25, 2" in lines
+
+
+class Traced(torch.Tensor):
+    """A tensor of a class of its own, as quantised and sharded weights are."""
+
+
+def replaced_forward(linear: nn.Linear) -> None:
+    plain = linear.forward
+    linear.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replaced_forward, "its forward has been replaced by another, which would be lost"),
+        (lambda m: m.register_parameter("lora_a", nn.Parameter(torch.zeros(2))), "it holds lora_a too, which would be lost"),
+        (lambda m: m.register_full_backward_pre_hook(lambda *_: None), "it has hooks, which would be lost"),
+        (lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.as_subclass(Traced))), "its weight is a Traced, not a plain tensor"),
+        (
+            lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.to_sparse())),
+            "its weight is a tensor of layout torch.sparse_coo, not a plain tensor",
+        ),
+    ],
+)
+def test_a_layer_that_is_more_than_its_weight_stays_dense(change: Any, reason: str) -> None:
+    model = nn.Sequential(pruned_linear(64, 40))
+    change(model[0])
+    record = convert(model)
+    assert [layer.reason for layer in record.layers] == [reason]
+    assert type(model[0]) is nn.Linear
+
+
+def test_layers_of_other_outputs_do_not_stop_the_example() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.none, self.pair = pruned_linear(64, 40), nn.Linear(40, 0).bfloat16(), Pair(40, 8).bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            self.none(x)
+            return self.pair(x)[0]  # type: ignore[no-any-return]
+
+    record = convert(Net(), torch.randn(3, 64).bfloat16())
+    assert [layer.converted for layer in record.layers] == [True, False, False]
+    assert [layer.reason.split(",")[0] for layer in record.dense] == ["its weight has no elements", "a Pair"]
 
 
 def test_an_encoder_layers_fused_path_would_read_the_weight() -> None:
@@ -365,6 +525,18 @@ def test_a_weight_that_is_not_24_names_layer_group_and_values(kind: Any) -> None
         (lambda: Linear24(8, 8, dtype=torch.float32), "Linear24: weight dtype is torch.float32"),
         (lambda: convert(nn.Linear(8, 8)), "convert: the model is itself an nn.Linear"),
         (lambda: convert(a_model(), exclude=["3"]), "exclude '3' matches no linear layer of the model"),
+        (lambda: convert(a_model(), exclude="*.head"), r"exclude is '\*.head', expected a list of patterns; write \['\*.head'\]"),
+        (lambda: convert(a_model(), dtype=torch.float32), "convert: dtype is torch.float32, expected torch.bfloat16 or torch.float16"),
+        (
+            lambda: convert(a_model(), torch.zeros(2, 60).bfloat16()),
+            "convert: the model does not run on the example inputs, expected inputs that it takes: mat1 and mat2 shapes",
+        ),
+        (
+            lambda: Linear24.from_linear(nn.LazyLinear(8, dtype=torch.float16)),
+            "linear: the weight is a UninitializedParameter, expected a plain tensor",
+        ),
+        (lambda: convert("model"), "convert: the model is a str, expected a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: restore(a_model(), "x.safetensors"), "restore: the state is a str, expected names and tensors"),  # type: ignore[arg-type]
         (lambda: convert(a_model(), 3), "example_inputs is a int, expected a tensor, a tuple of arguments or a dict"),
     ],
 )
@@ -395,10 +567,21 @@ def test_bad_inputs(x: torch.Tensor, message: str, compiled: bool) -> None:
         layer(x)
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
-def test_sparse_inputs_are_refused(layout: torch.layout) -> None:
+@pytest.mark.parametrize("layer", [LAYER, LAYER.trainable()])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn])
+def test_sparse_inputs_are_refused(layout: torch.layout, layer: nn.Module) -> None:
+    x = torch.eye(2, 64).bfloat16()
     with pytest.raises(InputError, match=rf"x has layout {layout}, expected a strided tensor; call x.to_dense\(\)"):
-        LAYER(torch.eye(2, 64).to_sparse(layout=layout).bfloat16())
+        layer(x.to_mkldnn() if layout == torch._mkldnn else x.to_sparse(layout=layout))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layer", [LAYER, LAYER.trainable()])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_refused(layout: torch.layout, layer: nn.Module) -> None:
+    x = torch.nested.nested_tensor([torch.zeros(n, 64).bfloat16() for n in (2, 3)], layout=layout)
+    with pytest.raises(InputError, match=r"x is a nested tensor, expected a strided one; call it on x.values\(\) or pad x"):
+        layer(x)
+    assert layer(x.values()).shape == (5, 40) if layout == torch.jagged else True
 
 
 @pytest.mark.parametrize(

@@ -140,5 +140,7 @@ def test_a_weight_that_is_not_24_names_layer_group_and_values() -> None:
 def test_wrong_dtype_shape_and_odd_gates_are_errors() -> None:
     with pytest.raises(InputError, match=r"weight: expected a 16-bit matrix \[rows, inputs\], got float32 of shape \[8, 8\]; cast"):
         pack(np.zeros((8, 8), np.float32), dtype="fp16")
+    with pytest.raises(InputError, match=r"weight: expected a weight \[rows, inputs\] of at least one element, got shape \[0, 8\]"):
+        pack(np.zeros((0, 8), np.float16), dtype="fp16")
     with pytest.raises(InputError, match="expected a multiple of 4 rows, got 6"):
         pack(np.zeros((6, 8), np.float16), dtype="fp16", gated=True)

@@ -1,17 +1,19 @@
 """The parts of the GPU protocol that need no GPU: medians, spreads, operand sets, refusals, and what rows become when kernels change."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
-from twofour.builder.tactics.gemm import Tactic, modelled, tactics, why_not
+from twofour.builder.tactics.gemm import Choice, Tactic, _recall, _remember, modelled, tactics, why_not
 from twofour.errors import InputError, UnsupportedError
 from twofour.kernels.gemm import Config, Epilogue, Problem
 from twofour.kernels.gemm.source import sources_digest
 from twofour.report import gemm as gemm_report
-from twofour.report.gemm import SHAPES, current_rows, parse_shape, summary, to_do
+from twofour.report.gemm import SHAPES, current_rows, measure_gemm, parse_shape, summary, to_do
 from twofour.timing.gpu import HEAT_S, MOST_SETTLE_S, PROTOCOL, SAMPLE_S, Figure, Stopwatch, figure, is_settled, refuse_unstable, sets_for
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -46,6 +48,38 @@ def test_tactics_are_few_legal_and_include_the_libraries() -> None:
     assert "modelled, not timed" in str(modelled(problem))
 
 
+TACTICS = tactics(Problem(100, 40, 64))
+TIMED = {"tactic": str(TACTICS[0]), "times_us": {str(TACTICS[0]): 2.0, str(TACTICS[1]): 3.0}, "left_out": {}}
+
+
+def test_a_choice_comes_back_from_the_cache_of_many_threads(tmp_path: Path) -> None:
+    path, choice = tmp_path / "choices" / "a.json", Choice(TACTICS[0], {str(TACTICS[0]): 2.0, str(TACTICS[1]): 3.0}, {})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _remember(path, choice), range(200)))
+    assert _recall(path, TACTICS) == choice
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[" * 100_000,
+        json.dumps(TIMED | {"times_us": {}}),
+        json.dumps(TIMED | {"times_us": {str(TACTICS[1]): 3.0}}),
+        json.dumps(TIMED | {"tactic": str(TACTICS[1])}),
+        json.dumps(TIMED | {"times_us": {str(TACTICS[0]): float("nan")}}),
+        json.dumps(TIMED | {"tactic": "another"}),
+    ],
+)
+def test_a_damaged_choice_is_measured_anew(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert _recall(path, TACTICS) is None
+    assert "is measured anew" in caplog.text
+    assert "()" not in caplog.text
+
+
 def test_a_library_that_cannot_fuse_says_so() -> None:
     problem = Problem(512, 6144, 4096, epilogue=Epilogue("gelu"))
     assert why_not(problem, Tactic("cublaslt", False)) == "cublaslt has no epilogue 'gelu', only relu and the tanh form of gelu"
@@ -63,6 +97,27 @@ def test_a_shape_is_three_integers() -> None:
     assert parse_shape("512x6144x4096")[1] == (512, 6144, 4096)
     with pytest.raises(InputError, match=r"--shape '512x6144' is not three positive integers tokens x outputs x inputs; write it like"):
         parse_shape("512x6144")
+
+
+@pytest.mark.parametrize("rows", [3, [1], [{"name": "a", "dtype": "bf16"}]])
+def test_damaged_results_are_told_before_anything_is_measured(rows: object, tmp_path: Path) -> None:
+    path = tmp_path / "gemm.json"
+    path.write_text(json.dumps({"schema": 1, "kind": "gemm", "rows": rows}))
+    with pytest.raises(
+        InputError, match=r"gemm.json: its rows are damaged, expected those written by `twofour measure gemm`; move it away"
+    ):
+        measure_gemm(path)
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("twofour.report.gemm.Stopwatch", MagicMock)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"gemm.json' cannot be written: its folder is not writable; choose another"):
+        measure_gemm(tmp_path / "new" / "gemm.json")
+
+
+def test_a_data_type_asked_for_twice_is_measured_once() -> None:
+    assert len(to_do(SHAPES, ("bf16", "bf16"), [])) == len(SHAPES)
 
 
 def test_the_standard_shapes_are_the_23_promised() -> None:

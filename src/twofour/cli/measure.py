@@ -43,9 +43,15 @@ def command(
 
     from twofour.cli.console import make_console
     from twofour.cli.tables import print_gemm, print_measurements
+    from twofour.errors import InputError
 
     console = make_console()
-    if files == (Path("gemm"),):
+    is_gemm = files == (Path("gemm"),)
+    given = {"--batch": batch, "--no-memory": no_memory} if is_gemm else {"--shape": shapes, "--dtype": dtypes, "--out": out}
+    for option, value in given.items():
+        if value:
+            raise InputError(f"measure: {option} is {'not for' if is_gemm else 'only for'} `twofour measure gemm`; leave it out")
+    if is_gemm:
         from twofour.report.gemm import DTYPES, current_rows, measure_gemm, summary
 
         results = measure_gemm(out or Path("results") / "gemm.json", shapes=shapes, dtypes=dtypes or DTYPES, command=options.command_line())

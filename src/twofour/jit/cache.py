@@ -67,11 +67,11 @@ class Cache:
             entry = json.loads((place / "entry.json").read_text())
             cubin = (place / "kernel.cubin").read_bytes()
             report = (place / "report.txt").read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if place.exists():
                 self._tell(place, "a file of it is missing")
             return None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             self._tell(place, str(e))
             return None
         if not isinstance(entry, dict) or entry.get("sha256") != hashlib.sha256(cubin).hexdigest():
@@ -98,6 +98,8 @@ class Cache:
             (fresh / "entry.json").write_text(json.dumps({"name": source.name, "sha256": hashlib.sha256(compiled.cubin).hexdigest()}))
             if place.exists() and self._read(key) is None:
                 shutil.rmtree(place, ignore_errors=True)
+                if place.is_file():
+                    place.unlink()
             try:
                 fresh.rename(place)
             except OSError:

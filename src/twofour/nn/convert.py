@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from twofour.errors import InputError, nearest
 from twofour.kernels.gemm import Config, Epilogue, Problem, why_not
 from twofour.nn import launch
 from twofour.nn.linear import Linear24, TrainableLinear24, read_extra_state
-from twofour.nn.packing import NAME_OF, violation
+from twofour.nn.packing import NAME_OF, oddity, violation
 from twofour.pruning.capture import in_eval_mode
 
 if TYPE_CHECKING:
@@ -96,11 +97,17 @@ def convert(
         cache_folder: where measured times are kept; by default the cache of this package.
 
     Raises:
-        InputError: the model is itself a linear layer, a pattern matches nothing, or the inputs cannot be used.
+        InputError: the model is itself a linear layer, the dtype is no 16-bit one, a pattern matches nothing, or the inputs cannot be used.
         MissingExtraError, UnsupportedError: timing is not possible here.
     """
     if isinstance(model, nn.Linear):
         raise InputError("convert: the model is itself an nn.Linear, which cannot be replaced in place; use Linear24.from_linear")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"convert: the model is a {type(model).__name__}, expected a torch.nn.Module")
+    if dtype is not None and dtype not in NAME_OF:
+        raise InputError(f"convert: dtype is {dtype}, expected torch.bfloat16 or torch.float16")
+    if isinstance(exclude, str):
+        raise InputError(f"convert: exclude is {exclude!r}, expected a list of patterns; write [{exclude!r}]")
     places = _places(model)
     excluded = _excluded(exclude, [names[0] for _, names in places])
     tokens = None if example_inputs is None else tokens_of(model, example_inputs)
@@ -157,12 +164,19 @@ def _why_not(model: nn.Module, linear: nn.Linear, names: Sequence[str], dtype: t
     parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
     if any(isinstance(p, nn.TransformerEncoderLayer) for p in parents) and torch.backends.mha.get_fastpath_enabled():
         return "the fused path of nn.TransformerEncoderLayer reads its weight; call torch.backends.mha.set_fastpath_enabled(False) first"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "it has hooks, which would be lost"
+    if "forward" in linear.__dict__:
+        return "its forward has been replaced by another, which would be lost"
+    more = [name for kind in (linear._parameters, linear._buffers, linear._modules) for name in kind if name not in ("weight", "bias")]
+    if more:
+        return f"it holds {', '.join(more)} too, which would be lost"
     if holders[id(weight)] > 1:
         return "its weight is shared with another layer"
     if weight.is_meta:
         return "its weight is on the meta device"
+    if oddity(weight):
+        return f"its weight is {oddity(weight)}, not a plain tensor"
     if (dtype or weight.dtype) not in NAME_OF:
         return f"its weight is {weight.dtype}; pass dtype=torch.bfloat16 to round it and run under autocast"
     if weight.numel() == 0:
@@ -179,7 +193,7 @@ def tokens_of(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Counter[
     """Return how often each linear layer was called with how many tokens in one forward pass in eval mode.
 
     Raises:
-        InputError: `example_inputs` is no tensor, tuple, list or dict.
+        InputError: `example_inputs` is no tensor, tuple, list or dict, or the model does not run on it.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -194,13 +208,19 @@ def tokens_of(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Counter[
         raise InputError(f"convert: example_inputs is a {kind}, expected a tensor, a tuple of arguments or a dict of keyword arguments")
     found: dict[nn.Module, Counter[int]] = {}
 
-    def record(module: nn.Module, _: Any, output: Tensor) -> None:
-        found.setdefault(module, Counter())[output.numel() // output.shape[-1]] += 1
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        # A subclass, which is not replaced, may return anything.
+        if isinstance(output, Tensor):
+            found.setdefault(module, Counter())[prod(output.shape[:-1])] += 1
 
     handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         with in_eval_mode(model), torch.no_grad():
             model(*args, **kwargs)
+    # A model raises whatever its own code meets on inputs it was not made for.
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"convert: the model does not run on the example inputs, expected inputs that it takes: {cause}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -293,14 +313,35 @@ def disagreement(layer: nn.Module, linear: nn.Linear, tokens: int) -> str:
     return f"its 2:4 form computes {got:.6g} instead of {want:.6g} at token {token}, output {row}"
 
 
+def _under_all_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with each tensor that the model holds under several names under all of them, if it is there under one."""
+    whole = dict(state_dict)
+    names: dict[int, list[str]] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    for group in names.values():
+        known = next((state_dict[name] for name in group if name in state_dict), None)
+        if known is not None:
+            whole |= {name: known for name in group if name not in whole}
+    return whole
+
+
 def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return `model` with the layers that are packed in `state_dict` replaced by `Linear24`, and the state loaded, strictly.
 
-    `safetensors.torch.load_file` of what `save_file(model.state_dict(), path)` wrote gives such a state.
+    A layer that the model holds under several names stays one. What is on the meta device takes the tensors of the state.
+
+    `safetensors.torch.load_file` of what `save_file(model.state_dict(), path)` wrote gives such a state, and of what `save_model` wrote,
+    which keeps one name of each tensor.
 
     Raises:
-        InputError: a packed layer's name is no `nn.Linear` or `Linear24` of the model, or its size differs.
+        InputError: a packed layer's name is no `nn.Linear` or `Linear24` of the model, or its size differs; the state is no mapping.
     """
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise InputError(f"restore: the state is a {kind}, expected names and tensors; load a file with safetensors.torch.load_file")
+    places = dict(_places(model))
     for key in state_dict:
         name, _, last = key.rpartition(".")
         if last != "packed" or f"{name}._extra_state" not in state_dict:
@@ -317,9 +358,11 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         if (rows, inputs) != (old.out_features, old.in_features):
             raise InputError(f"{name}: the state holds a weight [{rows}, {inputs}], the model [{old.out_features}, {old.in_features}]")
         layer = Linear24(inputs, rows, f"{name}.bias" in state_dict, old.weight.device, dtype)
-        model.set_submodule(name, layer.train(old.training))
+        layer.train(old.training)
+        for place in places[old]:
+            model.set_submodule(place, layer)
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(_under_all_names(model, state_dict), assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
     except RuntimeError as e:
         raise InputError(f"restore: the state does not fit the model: {' '.join(str(e).split())}; build the same model") from e
     return model

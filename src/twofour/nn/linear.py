@@ -10,7 +10,18 @@ from torch.autograd import forward_ad
 from twofour.errors import InputError, UnsupportedError
 from twofour.nn import launch
 from twofour.nn.ops import is_plain_call
-from twofour.nn.packing import NAME_OF, Repacker, check_24, check_dtype, convert_packed, dense_of, pack_weight, packed_zeros, repack
+from twofour.nn.packing import (
+    NAME_OF,
+    Repacker,
+    check_24,
+    check_dtype,
+    convert_packed,
+    dense_of,
+    pack_weight,
+    packed_zeros,
+    repack,
+    rounded_bias,
+)
 
 FORMAT = 1
 _CODES = {torch.bfloat16: 0, torch.float16: 1}
@@ -30,6 +41,26 @@ def _autocast(x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     if castable and kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return x.to(dtype)
     raise InputError(f"{layer}: x is {x.dtype}, expected {dtype} like the weight; cast it or run under torch.autocast")
+
+
+def _refuse_nested(x: Tensor, layer: str) -> None:
+    """Do nothing unless x is a nested tensor, which no operator of ours takes.
+
+    Raises:
+        InputError: it is one.
+    """
+    if x.is_nested:
+        raise InputError(f"{layer}: x is a nested tensor, expected a strided one; call it on x.values() or pad x")
+
+
+def _moving_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, but integers and bits only move: `Module.type` casts them too."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if tensor.is_floating_point() or result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 class Linear24(nn.Module):
@@ -85,16 +116,16 @@ class Linear24(nn.Module):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
         layer.packed = pack_weight(linear.weight, dtype, name)
         if linear.bias is not None:
-            # The bias is rounded like the weight, then kept in the fp32 that the kernel adds.
-            layer.bias = linear.bias.detach().to(dtype).float()
+            layer.bias = rounded_bias(linear.bias, dtype)
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x . W^T + b`, `[..., out_features]`, of x's leading dimensions.
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `x . W^T + b`, `[..., out_features]`, of the leading dimensions of x, named `input` as in `nn.Linear`.
 
         Raises:
             InputError: x has another dtype (and autocast is off), last dimension, layout or device than the layer.
         """
+        x = input
         if x.dtype is not self.dtype:
             x = _autocast(x, self.dtype, "Linear24")
         buffers = self._buffers
@@ -106,6 +137,7 @@ class Linear24(nn.Module):
                 return launch.run(ready, x, packed, bias)
             if x.shape[-1:] == (self.in_features,) and packed.device == x.device and launch.runs_on(x.device):
                 return launch.linear(x, packed, bias, self.out_features, self.in_features)
+        _refuse_nested(x, "Linear24")
         if forward_ad._current_level >= 0:
             return self._with_tangent(x)
         y: Tensor = torch.ops.twofour.linear24(x, packed, bias, self.out_features, self.in_features, self.dtype)
@@ -142,16 +174,20 @@ class Linear24(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear24":
-        """Move or convert. The fp32 bias takes part as bits, so a change of dtype reaches only the packed values."""
+        """Move or convert. The bias takes part as bits and stays fp32; a change of dtype rounds it like the weight."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         if dtype not in NAME_OF:
             raise InputError(f"Linear24: cannot be converted to {dtype}, expected bfloat16 or float16; call to_linear() on it first")
         if self.bias is not None:
             self.bias = self.bias.view(torch.int32)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            self.bias = self.bias.view(torch.float32)
-        self.packed = convert_packed(self.packed, self.out_features, self.in_features, self.dtype, dtype, "Linear24")
+        try:
+            super()._apply(_moving_integers(fn), recurse)  # type: ignore[no-untyped-call]
+        finally:
+            if self.bias is not None:
+                self.bias = self.bias.view(torch.float32)
+        if dtype != self.dtype:
+            self.packed = convert_packed(self.packed, self.out_features, self.in_features, self.dtype, dtype, "Linear24")
+            self.bias = None if self.bias is None else rounded_bias(self.bias, dtype)
         self.dtype = dtype
         return self
 
@@ -185,7 +221,7 @@ class Linear24(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _converted(self, state_dict: dict[str, Any], prefix: str, name: str) -> dict[str, Any]:
-        """The state with its weight in this layer's dtype.
+        """The state with its values in this layer's dtype and the bias in fp32.
 
         Raises:
             InputError: it belongs to another size or format, or says nothing about itself.
@@ -193,8 +229,15 @@ class Linear24(nn.Module):
         dtype, rows, inputs = read_extra_state(state_dict.get(f"{prefix}_extra_state"), name)
         if (rows, inputs) != (self.out_features, self.in_features):
             raise InputError(f"{name}: the state holds a weight [{rows}, {inputs}], expected [{self.out_features}, {self.in_features}]")
-        packed = state_dict[f"{prefix}packed"]
-        return {**state_dict, f"{prefix}packed": convert_packed(packed, rows, inputs, dtype, self.dtype, name)}
+        packed, bias = state_dict[f"{prefix}packed"], state_dict.get(f"{prefix}bias")
+        if packed.dtype != torch.int16:
+            raise InputError(f"{name}: the state's packed weight is {packed.dtype}, expected torch.int16; save the layer again, uncast")
+        changed: dict[str, Any] = {}
+        if dtype != self.dtype and packed.shape == self.packed.shape:
+            changed[f"{prefix}packed"] = convert_packed(packed, rows, inputs, dtype, self.dtype, name)
+        if bias is not None:
+            changed[f"{prefix}bias"] = bias.float() if dtype == self.dtype else rounded_bias(bias, self.dtype)
+        return {**state_dict, **changed}
 
 
 def read_extra_state(state: Any, name: str) -> tuple[torch.dtype, int, int]:
@@ -242,7 +285,8 @@ class TrainableLinear24(nn.Module):
         self.register_buffer("mask", weight.detach() != 0)
         repacker = Repacker(self.mask, name)
         self.register_buffer("index", repacker.index, persistent=False)
-        self.register_buffer("metadata", repacker.metadata, persistent=False)
+        # As int32: a data-parallel wrapper sends every buffer to all processes, and neither NCCL nor gloo carries int16.
+        self.register_buffer("metadata", repacker.metadata.view(torch.int32), persistent=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, dtype: torch.dtype | None = None, name: str = "linear") -> "TrainableLinear24":
@@ -255,17 +299,19 @@ class TrainableLinear24(nn.Module):
             raise InputError(f"{name}: expected an nn.Linear, got {type(linear).__name__}; other layers stay as they are")
         return cls(linear.weight, linear.bias, dtype or linear.weight.dtype, name).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return `x . (W * mask)^T + b`, `[..., out_features]`.
 
         Raises:
             InputError: as `Linear24.forward`. UnsupportedError: inside a forward-mode `dual_level`.
         """
+        x = input
         if x.dtype is not self.compute_dtype:
             x = _autocast(x, self.compute_dtype, "TrainableLinear24")
+        _refuse_nested(x, "TrainableLinear24")
         if forward_ad._current_level >= 0:
             raise UnsupportedError("TrainableLinear24: forward-mode derivatives are not built, expected backward ones; use Linear24")
-        packed = repack(self.weight.detach(), self.index, self.metadata, self.compute_dtype)
+        packed = repack(self.weight.detach(), self.index, self.metadata.view(torch.int16), self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
         y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)
         return y
@@ -275,7 +321,7 @@ class TrainableLinear24(nn.Module):
         layer = Linear24(self.in_features, self.out_features, self.bias is not None, "meta", self.compute_dtype)
         layer.packed = pack_weight(torch.where(self.mask, self.weight.detach(), 0), self.compute_dtype)
         if self.bias is not None:
-            layer.bias = self.bias.detach().to(self.compute_dtype).float()
+            layer.bias = rounded_bias(self.bias, self.compute_dtype)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -283,7 +329,7 @@ class TrainableLinear24(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrainableLinear24":
         before = self.weight.dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_moving_integers(fn), recurse)  # type: ignore[no-untyped-call]
         after = self.weight.dtype
         if after != before and after in NAME_OF:
             self.compute_dtype = after
@@ -291,5 +337,7 @@ class TrainableLinear24(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        if self.mask.is_meta:
+            return
         repacker = Repacker(self.mask, args[1].rstrip(".") or "mask")
-        self.index, self.metadata = repacker.index, repacker.metadata
+        self.index, self.metadata = repacker.index, repacker.metadata.view(torch.int32)

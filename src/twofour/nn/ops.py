@@ -97,8 +97,9 @@ for _name, _real, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _real, _key)
     torch.library.register_fake(f"twofour::{_name}", _fake, lib=_library)
-for _key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
+for _key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU"):
     _library.impl("linear24", check, _key)
+    _library.impl("linear24_masked", _fake_masked, _key)
 
 
 def _keep_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,10 +133,12 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     rows, inputs = weight.shape
     gx = gw = None
-    if ctx.needs_input_grad[0]:
-        gx = torch.matmul(grad, torch.where(mask, weight, 0).to(grad.dtype)).to(grad.dtype)
-    if ctx.needs_input_grad[1]:
-        gw = torch.where(mask, torch.matmul(grad.reshape(-1, rows).t(), x.reshape(-1, inputs)), 0).to(weight.dtype)
+    # A backward pass inside autocast would else multiply in autocast's dtype: in fp16 a gradient of bf16 may overflow.
+    with torch.autocast("cpu" if grad.is_meta else grad.device.type, enabled=False):
+        if ctx.needs_input_grad[0]:
+            gx = torch.matmul(grad, torch.where(mask, weight, 0).to(grad.dtype))
+        if ctx.needs_input_grad[1]:
+            gw = torch.where(mask, torch.matmul(grad.reshape(-1, rows).t(), x.reshape(-1, inputs)), 0).to(weight.dtype)
     gb = _sum_tokens(grad) if ctx.needs_input_grad[4] else None
     return gx, gw, None, None, gb
 

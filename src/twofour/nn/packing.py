@@ -49,12 +49,22 @@ def violation(weight: Tensor) -> str:
     return f"row {row}, inputs {4 * group}-{4 * group + 3} = {four}"
 
 
+def oddity(weight: Tensor) -> str:
+    """Return what a weight is that is no plain strided tensor (quantised, sharded, sparse, not initialised); empty for a plain one."""
+    if weight.layout != torch.strided:
+        return f"a tensor of layout {weight.layout}"
+    return "" if type(weight) in (Tensor, torch.nn.Parameter) else f"a {type(weight).__name__}"
+
+
 def check_24(weight: Tensor, layer: str) -> None:
     """Do nothing for a matrix that is 2:4 along its inputs.
 
     Raises:
-        InputError: no matrix, or a group of four with three or four non-zeros; names layer, row, group and values.
+        InputError: no plain matrix, or a group of four with three or four non-zeros; names layer, row, group and values.
     """
+    odd = oddity(weight)
+    if odd:
+        raise InputError(f"{layer}: the weight is {odd}, expected a plain tensor; make the 2:4 layer before the weight is changed into one")
     if weight.ndim != 2 or weight.numel() == 0:
         raise InputError(f"{layer}: expected a weight [out_features, in_features] of at least one element, got shape {list(weight.shape)}")
     where = violation(weight)
@@ -74,6 +84,12 @@ def pack_weight(weight: Tensor, dtype: torch.dtype, layer: str = "weight") -> Te
     with torch.inference_mode(False), torch.no_grad():
         packed: Tensor = pack(weight.detach().to(dtype), dtype=NAME_OF[dtype], layer=layer).data
         return packed
+
+
+def rounded_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bias rounded to `dtype` like the weight, in the fp32 that the kernel adds."""
+    with torch.inference_mode(False), torch.no_grad():
+        return bias.detach().to(dtype).float()
 
 
 def unpack_weight(packed: Tensor, rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -114,7 +130,8 @@ class Repacker:
     """Packs a weight again and again under one mask with a single gather, because only values move when a mask is held.
 
     Attributes:
-        index: int32 `[row_blocks * input_blocks * 4096]`: for each kept value in packed order its position in the padded weight.
+        index: int32, of a weight of 2^31 elements and more int64, `[row_blocks * input_blocks * 4096]`: for each multiplied value in packed
+            order its position in the flat weight; one past the end, where a zero lies, for a position outside the mask.
         metadata: int16 `[row_blocks, input_blocks, 512]`: which positions are kept, the same for every weight under the mask.
     """
 
@@ -136,18 +153,21 @@ class Repacker:
             rank = groups * 8 - torch.arange(4, device=device, dtype=torch.int8)
             kept = rank.topk(2, dim=1).indices.sort(dim=1).values
             first = torch.arange(groups.shape[0], device=device)[:, None] * 4
-            place = (first + kept).view(row_blocks, BLOCK_ROWS, k_blocks, BLOCK_K // 2)
+            place = _in_weight(first + kept, k_blocks * BLOCK_K, rows, inputs)
+            # A group with fewer than two non-zeros is filled up with positions outside the mask.
+            place = torch.where(groups.gather(1, kept) != 0, place, rows * inputs).view(row_blocks, BLOCK_ROWS, k_blocks, BLOCK_K // 2)
             order = _order_in_block().to(device)
             index = place.permute(0, 2, 1, 3).reshape(row_blocks, k_blocks, BLOCK_ELEMS)[..., order]
-            self.index = _in_weight(index.reshape(-1), k_blocks * BLOCK_K, rows, inputs)
+            self.index = index.reshape(-1).contiguous()
             self.metadata = packed[..., BLOCK_ELEMS:].clone()
 
 
 def _in_weight(padded_index: Tensor, padded_inputs: int, rows: int, inputs: int) -> Tensor:
-    """Int32 positions in the flat `[rows, inputs]` weight; `rows * inputs`, one past its end, for padding."""
+    """Positions in the flat `[rows, inputs]` weight, int32 where they fit; `rows * inputs`, one past its end, for padding."""
     row, column = padded_index // padded_inputs, padded_index % padded_inputs
     inside = (row < rows) & (column < inputs)
-    return torch.where(inside, row * inputs + column, rows * inputs).to(torch.int32)
+    positions = torch.where(inside, row * inputs + column, rows * inputs)
+    return positions.to(torch.int32) if rows * inputs < 2**31 else positions
 
 
 def _order_in_block() -> Tensor:

@@ -100,6 +100,8 @@ def _bits(weight: Any, layer: str) -> Any:
         raise InputError(
             f"{layer}: expected a 16-bit matrix [rows, inputs], got {weight.dtype} of shape {list(weight.shape)}; cast it to bf16 or fp16"
         )
+    if 0 in tuple(weight.shape):
+        raise InputError(f"{layer}: expected a weight [rows, inputs] of at least one element, got shape {list(weight.shape)}")
     if _is_torch(weight):
         import torch
 
@@ -182,7 +184,7 @@ def pack(weight: Any, *, dtype: str, sparse: bool = True, gated: bool = False, l
         layer: named in errors.
 
     Raises:
-        InputError: not a 16-bit matrix, not 2:4, or rows that do not pair up.
+        InputError: not a 16-bit matrix, an empty one, not 2:4, or rows that do not pair up.
     """
     bits = _bits(weight, layer)
     rows, inputs = bits.shape

@@ -6,6 +6,7 @@ A run is cut into parts of at most `PART_S`: each finished row is written at onc
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 from twofour.builder.tactics.gemm import CUBLASLT_ALGORITHMS, Operands, Prepared, Tactic, prepare
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
+from twofour.files import require_writable
 from twofour.jit.driver import num_sms
 from twofour.kernels.gemm import contract
 from twofour.kernels.gemm.contract import Problem
@@ -42,19 +44,25 @@ SHAPES: dict[str, tuple[int, int, int]] = {
     "vitH.ff2 64x257": (16448, 1280, 5120),
 }
 ENERGY_FLOPS = 1e12  # energy is counted for products at least this large
+SHAPE = re.compile(r"\s*([0-9]{1,18})\s*x\s*([0-9]{1,18})\s*x\s*([0-9]{1,18})\s*")
 CONTENDERS = ("ours", "ours_dense", "cublas", "cusparselt")
+ROW_KEYS = {"name", "dtype", "tokens", "out", "in", "sources_digest", "unstable", *(f"{contender}_us" for contender in CONTENDERS)}
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, int, int]]:
     """Return (name, (tokens, outputs, inputs)) of `tokens x outputs x inputs`, like 512x6144x4096.
 
     Raises:
-        InputError: it is not three positive integers.
+        InputError: it is not three positive integers, or not a product that the kernels take.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+    found = SHAPE.fullmatch(text.lower())
+    if found is None:
         raise InputError(f"--shape {text!r} is not three positive integers tokens x outputs x inputs; write it like 512x6144x4096")
-    tokens, outputs, inputs = (int(p) for p in parts)
+    tokens, outputs, inputs = (int(number) for number in found.groups())
+    try:
+        Problem(tokens, outputs, inputs)
+    except InputError as e:
+        raise InputError(f"--shape {text!r}: {e}") from e
     return text, (tokens, outputs, inputs)
 
 
@@ -174,6 +182,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({e}), expected results written by `twofour measure gemm`; move it away") from e
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.get("kind") != "gemm":
         raise InputError(f"{path} holds no gemm results of schema {SCHEMA}; move it away")
+    rows = stored.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows):
+        raise InputError(f"{path}: its rows are damaged, expected those written by `twofour measure gemm`; move it away")
     return stored
 
 
@@ -217,13 +228,16 @@ def measure_gemm(
         part_s: stop after the row that passes this many seconds; call again to go on. `results["complete"]` tells.
 
     Raises:
-        InputError: a shape cannot be read, or `out` holds something else.
+        InputError: a shape cannot be read, or `out` holds something else or cannot be written.
     """
     import torch
 
     wanted = dict(SHAPES) | dict(parse_shape(text) for text in shapes)
     rows = _load(out).get("rows", [])
     watch = Stopwatch()
+    # Asked before minutes of work, not after the first row.
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    require_writable(out)
     results = {
         "schema": SCHEMA,
         "kind": "gemm",
@@ -261,7 +275,7 @@ def to_do(wanted: Mapping[str, tuple[int, int, int]], dtypes: Sequence[str], row
     good = {
         (r["name"], r["dtype"]) for r in rows if r["sources_digest"] == digest and r.get("protocol") in COMPARABLE and not r.get("unstable")
     }
-    every = [(name, dtype) for dtype in dtypes for name in wanted if (name, dtype) not in good]
+    every = [(name, dtype) for dtype in dict.fromkeys(dtypes) for name in wanted if (name, dtype) not in good]
     return sorted(every, key=lambda one: wanted[one[0]][0] < 512)
 
 

@@ -4,8 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -245,24 +248,31 @@ def _remembered_at(problem: Problem, candidates: Sequence[Tactic], watch: Stopwa
 def _recall(path: Path, candidates: Sequence[Tactic]) -> Choice | None:
     try:
         stored = json.loads(path.read_text())
-        tactic = next(t for t in candidates if str(t) == stored["tactic"])
-        return Choice(tactic, {str(k): float(v) for k, v in stored["times_us"].items()}, dict(stored["left_out"]))
+        times_us = {str(k): float(v) for k, v in stored["times_us"].items()}
+        fastest = min(times_us, key=lambda name: times_us[name], default=None)
+        tactic = next((t for t in candidates if str(t) == stored["tactic"]), None)
+        if tactic is None or str(tactic) != fastest or not all(0 < us < inf for us in times_us.values()):
+            raise ValueError("its tactic is not the fastest of those it timed")
+        return Choice(tactic, times_us, dict(stored["left_out"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         logger.warning("tactic cache entry %s is damaged (%s) and is measured anew", path, e)
         return None
 
 
 def _remember(path: Path, choice: Choice) -> None:
     text = json.dumps({"tactic": str(choice.tactic), "times_us": choice.times_us, "left_out": choice.left_out}, indent=1)
-    fresh = path.with_suffix(f".{os.getpid()}.new")
+    fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(text)
         fresh.rename(path)
     except OSError as e:
         raise InputError(f"cache folder {path.parent} cannot be written ({e.strerror}); set TWOFOUR_CACHE_DIR to one that can") from e
+    finally:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
 
 
 def synchronize() -> None:

@@ -25,6 +25,7 @@ STORE_CHUNKS = 4
 BARRIER_BYTES = 128  # behind the stages: two barriers each, one a buffer of staged outputs, two for their turns
 FLAG_BYTES = 4096  # in front of the partial sums; zero between launches
 MAX_DIM = 2**31 - 1
+LEAST_TILE = 32  # rows and tokens of the smallest tile, the naive kernel's; tiles are counted in 31 bits
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,19 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name, value, step in (("tokens", self.tokens, 1), ("outputs", self.outputs, 8), ("inputs", self.inputs, 8)):
-            if value < 1 or value % step or value > MAX_DIM:
+            if value < 1 or value % step:
                 raise InputError(f"{name} is {value}, expected a positive multiple of {step}; pad it when the weight is packed")
+            if value > MAX_DIM:
+                raise InputError(f"{name} is {value}, expected at most {MAX_DIM}; cut the product into several")
         for name, dtype, known in (("dtype", self.dtype, INPUT_DTYPES), ("out_dtype", self.out_dtype, OUTPUT_DTYPES)):
             if dtype not in known:
                 raise InputError(f"{name} {dtype!r} is not one of {', '.join(known)}{nearest(dtype, known)}")
+
+        if self.weight_rows > MAX_DIM or ceil(self.tokens / LEAST_TILE) * ceil(self.weight_rows / LEAST_TILE) > MAX_DIM:
+            raise InputError(
+                f"{self.tokens} tokens by {self.weight_rows} weight rows are more than {MAX_DIM} tiles of {LEAST_TILE} x {LEAST_TILE}, "
+                "which the kernels do not count; cut the product into several"
+            )
 
     @property
     def weight_rows(self) -> int:
@@ -327,7 +336,7 @@ def derive(problem: Problem, config: Config, num_sms: int = 132) -> Launch:
     """
     check_config(problem, config, why_not(problem, config))
     if config.kernel == "naive":
-        row_tiles, token_tiles = ceil(problem.weight_rows / 32), ceil(problem.tokens / 32)
+        row_tiles, token_tiles = ceil(problem.weight_rows / LEAST_TILE), ceil(problem.tokens / LEAST_TILE)
         return Launch(row_tiles * token_tiles, 256, 0, row_tiles, token_tiles, problem.k_blocks, row_tiles, row_tiles * token_tiles, 0, 0)
     if config.kernel == "pipelined":
         row_tiles, token_tiles = problem.row_blocks, ceil(problem.tokens / 64)
