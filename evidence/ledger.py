@@ -1,5 +1,7 @@
 """Results of accuracy experiments: rows written as soon as they are there, shards of a run, one process a GPU, and their union.
 
+Processes may share a file: each reads it again before it writes, under a lock, so that no row of another is lost.
+
     python evidence/ledger.py results/GPU/accuracy-cifar.json PART…
 
 adds the rows of the parts to the file.
@@ -7,10 +9,12 @@ adds the rows of the parts to the file.
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from accuracy_oneshot import sources_digest
+from filelock import FileLock
 
 import twofour
 from twofour.files import write_text
@@ -45,6 +50,20 @@ def union(*lists: Sequence[Row]) -> list[Row]:
     for row in (row for rows in lists for row in rows):
         found.setdefault(key_of(row), row)
     return list(found.values())
+
+
+def with_commands(path: Path) -> list[Row]:
+    """Return the rows of a file, each with the command it came from; in a row that names none it was the file's."""
+    if not path.exists():
+        return []
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return [{"command": value["command"], **row} for row in value["rows"]]
+
+
+def lock_of(out: Path) -> FileLock:
+    """Return the lock of a file of results, kept beside those of other files and not beside the results."""
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"twofour-results-{name}.lock")
 
 
 def write(path: Path, rows: Sequence[Row], command: str) -> None:
@@ -90,8 +109,11 @@ class Record:
     def add(self, *rows: Row) -> None:
         """Write further rows at once."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.own += [{**row, "date": now} for row in rows if not self.has(row)]
-        write(self.path, union(self.earlier, self.own) if self.path == self.out else self.own, self.command)
+        self.own += [{**row, "date": now, "command": self.command} for row in rows if not self.has(row)]
+        with lock_of(self.out):
+            if self.path == self.out:
+                self.earlier = with_commands(self.out)
+            write(self.path, union(self.earlier, self.own) if self.path == self.out else self.own, self.command)
 
 
 def best(arms: Mapping[Key, Sequence[float]], controls: Mapping[Key, Sequence[float]]) -> Key:
@@ -107,15 +129,16 @@ def part(out: Path, i: int, n: int) -> Path:
     return out.with_name(f"{out.name}.part{i}of{n}")
 
 
-def merge(out: Path, parts: Sequence[Path]) -> None:
-    """Add the rows of the parts to the file and remove the parts."""
-    present = [path for path in parts if path.exists()]
-    if not present:
-        return
-    command = json.loads(present[0].read_text(encoding="utf-8"))["command"]
-    write(out, union(rows_of(out), *map(rows_of, present)), command)
-    for path in present:
-        path.unlink()
+def merge(out: Path, parts: Sequence[Path] | None = None) -> None:
+    """Add the rows of the parts, of all that lie there where none are named, to the file and remove the parts."""
+    with lock_of(out):
+        present = [path for path in (sorted(out.parent.glob(f"{out.name}.part*of*")) if parts is None else parts) if path.exists()]
+        if not present:
+            return
+        command = json.loads(present[0].read_text(encoding="utf-8"))["command"]
+        write(out, union(with_commands(out), *map(with_commands, present)), command)
+        for path in present:
+            path.unlink()
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, seeds: int) -> None:
@@ -158,9 +181,15 @@ def command_of(script: str, a: argparse.Namespace, shown: Sequence[str]) -> str:
 
 
 def shared_over_gpus(a: argparse.Namespace) -> bool:
-    """If several processes are asked for, run this command once in each, unite their rows and return True."""
+    """If several processes are asked for, run this command once in each, unite their rows and return True.
+
+    What processes of an earlier run left in files of their own is united first, however many they were.
+    """
     num = a.gpus * a.per_gpu
-    if num == 1 or a.shard != (0, 1):
+    if a.shard != (0, 1):
+        return False
+    merge(a.out)
+    if num == 1:
         return False
     processes = []
     for i in range(num):

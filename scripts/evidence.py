@@ -274,11 +274,15 @@ def runs_table() -> str:
         return "Nothing is recorded yet."
     lines = ["| results | GPU | GPU minutes | trainings | date | command |", "|---" * 6 + "|"]
     for path, value in files:
-        minutes = sum(row.get("gpu_seconds", 0.0) for row in value["rows"]) / 60
-        trained = len({json.dumps([row[k] for k in ("net", "variant", "seed", "recipe")]) for row in value["rows"] if row["recipe"]})
         relative = path.relative_to(ROOT).as_posix()
         gpu = value["machine"].get("gpu") or "none"
-        lines.append(f"| [{relative}](../{relative}) | {gpu} | {minutes:.1f} | {trained} | {value['date'][:10]} | `{value['command']}` |")
+        # Rows of several commands may lie in one file; one that names none is of the file's.
+        for command in dict.fromkeys(row.get("command", value["command"]) for row in value["rows"] if row["recipe"]):
+            rows = [row for row in value["rows"] if row.get("command", value["command"]) == command]
+            minutes = sum(row.get("gpu_seconds", 0.0) for row in rows) / 60
+            trained = len({json.dumps([row[k] for k in ("net", "variant", "seed", "recipe")]) for row in rows if row["recipe"]})
+            date = max(row.get("date", value["date"]) for row in rows)[:10]
+            lines.append(f"| [{relative}](../{relative}) | {gpu} | {minutes:.1f} | {trained} | {date} | `{command}` |")
     return "\n".join(lines)
 
 

@@ -144,6 +144,41 @@ def test_shards_write_their_own_files_and_their_union_loses_nothing(tmp_path: Pa
     assert [r["value"] for r in ledger.rows_of(out)] == [1.0, 9.0, 2.0, 3.0]
 
 
+def test_two_processes_on_one_file_lose_no_row_and_each_keeps_its_command(script: ModuleType, recorded: Path) -> None:
+    import ledger
+
+    out = recorded / "accuracy.json"
+    row = {"experiment": "e", "net": "n", "data": "d", "variant": "2:4", "recipe": {"lr": 1}, "gpu_seconds": 60.0}
+    # As files were written before rows named their command.
+    ledger.write(out, [{**row, "seed": 9, "value": 0.0}], "python the first")
+    one, other = ledger.Record(out, "python one"), ledger.Record(out, "python other")
+    one.add({**row, "seed": 0, "value": 1.0})
+    other.add({**row, "seed": 1, "value": 2.0})
+    one.add({**row, "seed": 2, "value": 3.0})
+    assert [(r["seed"], r["command"]) for r in ledger.rows_of(out)] == [
+        (9, "python the first"),
+        (0, "python one"),
+        (1, "python other"),
+        (2, "python one"),
+    ]
+    minutes = [tuple(line.split(" | ")[i] for i in (2, 3, 5)) for line in script.runs_table().splitlines()[2:]]
+    assert minutes == [("1.0", "1", "`python the first` |"), ("2.0", "2", "`python one` |"), ("1.0", "1", "`python other` |")]
+
+
+def test_what_several_processes_left_is_found_by_one(tmp_path: Path) -> None:
+    import argparse
+
+    import ledger
+
+    out = tmp_path / "accuracy.json"
+    row = {"experiment": "e", "net": "n", "data": "d", "variant": "2:4", "recipe": {"lr": 1}, "seed": 1, "value": 1.0}
+    ledger.Record(out, "command", (1, 2)).add(row)
+    alone = argparse.Namespace(out=out, gpus=1, per_gpu=1, shard=(0, 1))
+    assert not ledger.shared_over_gpus(alone)
+    assert ledger.Record(out, "command").has(row)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
