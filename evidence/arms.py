@@ -185,14 +185,16 @@ class Experiment:
         )
         told = json.dumps([self.net, self.data.name, [(asdict(arm), seed) for arm, seed in jobs]])
         digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-        seconds, preparing = train_together(
-            members, say=lambda line: log.info("%s %s", self.net, line), saved=self.kept / f"{digest}.pt", until=self.until
-        )
+        saved = self.kept / f"{digest}.pt"
+        seconds, preparing = train_together(members, say=lambda line: log.info("%s %s", self.net, line), saved=saved, until=self.until)
         share = {"fleet": len(members), "gpu_seconds": round((seconds + preparing) / len(members), 2)}
+        rows = []
         for (arm, seed), member in zip(jobs, members, strict=True):
-            row = {**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **share}
-            self.record.add(row)
-            log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, row["value"])
+            rows.append({**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **share})
+            log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, rows[-1]["value"])
+        # All at once, and the state only then removed: what is left of a fleet would be another fleet, and begin anew.
+        self.record.add(*rows)
+        saved.unlink(missing_ok=True)
 
     def start(self, arm: Arm, starts: dict[tuple[Any, ...], Any], plain: Tensor) -> tuple[nn.Module, twofour.Pruning | None]:
         """Return where an arm's training begins; its accuracy is recorded."""

@@ -1,8 +1,10 @@
 """Accuracy evidence: the statistics of the page, the pages are those of the results, and rows survive shards and interruptions."""
 
+import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from scipy import stats
 from script_loader import load_script
@@ -203,6 +206,19 @@ def folder(tmp_path: Path) -> Path:
     return where.parent
 
 
+def judged_but_trained(judge: Callable[..., float]) -> Callable[..., float]:
+    """Return `judge`, stopped as if killed at the second network that was trained."""
+    count = itertools.count()
+
+    def judged(self: Any, model: nn.Module, plain: Tensor) -> float:
+        # The dense network, the one-shot and a trained one.
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return judge(self, model, plain)
+
+    return judged
+
+
 def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,15 +247,27 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
         "2",
     ]
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept"), "--minutes", "0"])
-    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 1; run the same command again to go on"):
+    with pytest.raises(SystemExit, match="Tiny: time was up before training began; run the same command again to go on"):
         accuracy_cifar.main()
     data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
     program = fleet.Program(Tiny(), compiled=False)
+    with (
+        FileLock(tmp_path / "kept" / "Tiny-64-images-1-epochs.lock"),
+        pytest.raises(fleet.OutOfTimeError, match="while another process trains the dense network"),
+    ):
+        networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True, until=0.0)
     networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True)
-    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 2; run the same command again to go on"):
+    with pytest.raises(SystemExit, match="Tiny: time was up before training began; run the same command again to go on"):
         accuracy_cifar.main()
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept")])
-    accuracy_cifar.main()
+    with monkeypatch.context() as killed:
+        # Killed between the last step and the file of results.
+        killed.setattr(arms.Experiment, "judge", judged_but_trained(arms.Experiment.judge))
+        with pytest.raises(KeyboardInterrupt):
+            accuracy_cifar.main()
+    with monkeypatch.context() as trained:
+        trained.setattr(fleet.Fleet, "run_epoch", None)  # Nothing is left to train, only to judge.
+        accuracy_cifar.main()
     rows = ledger.rows_of(out)
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("dense", None),
