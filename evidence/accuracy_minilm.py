@@ -27,7 +27,7 @@ import torch
 from arms import CONTROL
 from filelock import FileLock
 from fleet import leave_default_stream
-from ledger import Record, add_arguments, best, command_of, deadline, rows_of, shared_over_gpus
+from ledger import Record, add_arguments, best, command_of, deadline, pattern_of, rows_of, shared_over_gpus
 from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
@@ -377,6 +377,8 @@ def main() -> None:
     head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
 
     def rows(model: nn.Module, **about: Any) -> list[dict[str, Any]]:
+        if about["variant"].startswith("2:4"):
+            about |= pattern_of(model, [n for n, p in model.named_parameters() if n.startswith("bert.encoder.layer.") and p.ndim == 2])
         return [{**head, "data": task.names[split], **about, "value": task.judge(model, split)} for split in splits]
 
     record.add(*rows(dense, variant="dense", seed=None, recipe=None))

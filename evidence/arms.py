@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from fleet import Images, Member, Program, Recipe, accuracy_percent, train_together
-from ledger import Record
+from ledger import Record, pattern_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -164,9 +164,10 @@ class Experiment:
 
     def train(self, jobs: Sequence[tuple[Arm, int]], starts: dict[tuple[Any, ...], Any], plain: Tensor) -> None:
         """Train one fleet and record it."""
-        members = []
+        members, pruned_names = [], []
         for arm, seed in jobs:
             model, pruning = self.start(arm, starts, plain)
+            pruned_names.append([] if pruning is None else [layer.name for layer in pruning.pruned])
             members.append(
                 Member(
                     copy.deepcopy(model),
@@ -189,8 +190,9 @@ class Experiment:
         seconds, preparing = train_together(members, say=lambda line: log.info("%s %s", self.net, line), saved=saved, until=self.until)
         share = {"fleet": len(members), "gpu_seconds": round((seconds + preparing) / len(members), 2)}
         rows = []
-        for (arm, seed), member in zip(jobs, members, strict=True):
-            rows.append({**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **share})
+        for (arm, seed), member, names in zip(jobs, members, pruned_names, strict=True):
+            pattern = pattern_of(member.model, names) if names else {}
+            rows.append({**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **pattern, **share})
             log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, rows[-1]["value"])
         # All at once, and the state only then removed: what is left of a fleet would be another fleet, and begin anew.
         self.record.add(*rows)
@@ -205,7 +207,9 @@ class Experiment:
             starts[key] = pruned_once(self.dense, arm, self.data.train, self.kept)
             row = self.oneshot_row(arm)
             if not self.record.has(row):
-                self.record.add({**row, "value": self.judge(starts[key][0], plain), "pruning": str(starts[key][1])})
+                model, pruning = starts[key]
+                pattern = pattern_of(model, [layer.name for layer in pruning.pruned]) if pruning is not None else {}
+                self.record.add({**row, "value": self.judge(model, plain), **pattern, "pruning": str(pruning)})
         model, pruning = starts[key]
         return self.dense if arm.recomputed else model, pruning
 

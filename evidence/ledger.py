@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -25,9 +25,12 @@ from typing import Any, TypeVar
 import torch
 from accuracy_oneshot import sources_digest
 from filelock import FileLock
+from torch import nn
 
 import twofour
+from twofour.errors import VerificationError
 from twofour.files import write_text
+from twofour.pattern import count_groups
 
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -79,6 +82,21 @@ def write(path: Path, rows: Sequence[Row], command: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({**head, "rows": list(rows)}, indent=1) + "\n")
+
+
+def pattern_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a row says of the weights named, counted group by group in the network as it is.
+
+    Raises:
+        VerificationError: a weight is not 2:4.
+    """
+    weights, total = dict(model.named_parameters()), 0
+    found = {name: count_groups((weights[name].detach() != 0).cpu().numpy()) for name in names}
+    for name, count in found.items():
+        if not count.is_24:
+            raise VerificationError(f"weight {name!r} has {count.obeying} of {count.total} groups 2:4 after training, expected all")
+        total += count.total
+    return {"pattern": "2:4", "layers_24": len(found), "groups_24": total}
 
 
 @dataclass

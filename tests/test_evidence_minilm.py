@@ -93,6 +93,8 @@ def test_an_experiment_runs_at_toy_size(
     assert [row["variant"] for row in rows[::2]] == ["dense", "2:4 one-shot, magnitude", "2:4 one-shot, wanda", experiment.CONTROL, "2:4"]
     assert len({row["data"] for row in rows}) == 2
     assert all(-100 <= row["value"] <= 100 for row in rows)
+    # Six matrices in each of two layers: four of 16×16, 16×32 and 32×16.
+    assert [row.get("groups_24") for row in rows[::2]] == [None, 1024, 1024, None, 1024]
     monkeypatch.setattr(experiment, "train", None)  # Nothing is left to train.
     experiment.main()
     assert json.loads(out.read_text())["rows"] == rows

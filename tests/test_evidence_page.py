@@ -18,6 +18,8 @@ from scipy import stats
 from script_loader import load_script
 from torch import Tensor, nn
 
+from twofour.errors import VerificationError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -279,6 +281,8 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     ]
     assert not list((tmp_path / "kept").glob("*.pt"))
     assert all(0 <= row["value"] <= 100 and row["date"] for row in rows)
+    # Of conv1 the three input channels make no group; conv2 is 8×8×3×3.
+    assert [row.get("groups_24") for row in rows] == [None, 144, None, 144, None, 144]
     monkeypatch.setattr(fleet, "Fleet", None)  # Nothing is left to train.
     accuracy_cifar.main()
     assert ledger.rows_of(out) == rows
@@ -350,6 +354,19 @@ def test_a_pruned_start_is_calculated_once_and_read_as_it_was(folder: Path, tmp_
         assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
     with pytest.raises(TypeError):  # another network's start is another
         arms.pruned_once(Tiny(), arm, data.train, tmp_path)
+
+
+def test_a_network_that_is_not_two_of_four_is_not_recorded() -> None:
+    import ledger
+
+    model = nn.Sequential(nn.Linear(8, 2), nn.Linear(4, 4))
+    for p in model.parameters():
+        p.data.fill_(1.0)
+    model[0].weight.data[:, ::2] = 0
+    assert ledger.pattern_of(model, ["0.weight"]) == {"pattern": "2:4", "layers_24": 1, "groups_24": 4}
+    model[0].weight.data[1, 0] = 1
+    with pytest.raises(VerificationError, match=r"'0.weight' has 3 of 4 groups 2:4 after training, expected all"):
+        ledger.pattern_of(model, ["0.weight"])
 
 
 def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:
