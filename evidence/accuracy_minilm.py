@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from arms import CONTROL
@@ -142,7 +142,7 @@ class StsB:
         cosine = (e[0::2] * e[1::2]).sum(1)
         return round(100 * float(spearmanr(cosine.cpu().numpy(), self.scores[split].cpu().numpy()).statistic), 4)
 
-    names = {"dev": "STS-B dev", "test": "STS-B test"}  # noqa: RUF012 - never changed
+    names: ClassVar = {"dev": "STS-B dev", "test": "STS-B test"}
 
 
 class Sst2:
@@ -182,7 +182,7 @@ class Sst2:
         right = self.tokens[split].outputs(model).argmax(1) == self.labels[split]
         return round(100 * float(right.double().mean()), 4)
 
-    names = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}  # noqa: RUF012 - never changed
+    names: ClassVar = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}
 
 
 class Steps:
@@ -375,11 +375,13 @@ def main() -> None:
     sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
     splits = ["dev"] if a.search else ["dev", "test"]
     head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
+    # Rows of a trial are not those of the whole.
+    names = {split: name + ("" if a.images is None else f", first {a.images}, of a trial") for split, name in task.names.items()}
 
     def rows(model: nn.Module, **about: Any) -> list[dict[str, Any]]:
         if about["variant"].startswith("2:4"):
             about |= pattern_of(model, [n for n, p in model.named_parameters() if n.startswith("bert.encoder.layer.") and p.ndim == 2])
-        return [{**head, "data": task.names[split], **about, "value": task.judge(model, split)} for split in splits]
+        return [{**head, "data": names[split], **about, "value": task.judge(model, split)} for split in splits]
 
     record.add(*rows(dense, variant="dense", seed=None, recipe=None))
     for method, model in sparse.items():
@@ -388,7 +390,7 @@ def main() -> None:
         for recipe in recipes(a.search, base, a.task):
             for variant in (CONTROL, "2:4"):
                 about = {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
-                if record.has({**head, "data": task.names["dev"], **about}):
+                if record.has({**head, "data": names["dev"], **about}):
                     continue
                 model = copy.deepcopy(dense if variant == CONTROL else sparse[base.method])
                 try:

@@ -68,7 +68,7 @@ class Data:
     def of(cls, folder: Path, device: torch.device, *, held_out: bool, num_images: int | None) -> "Data":
         """Return all training images and the test images, or with `held_out` 45,000 training images and the other 5,000.
 
-        `num_images` leaves the first so many to train on and twice as many to judge by at most.
+        `num_images` leaves the first so many to train on and twice as many to judge by at most; the name says so.
         """
         pixels, labels = read_bytes(folder / "cifar10", "tr")
         kept = len(labels) - HELD_OUT
@@ -79,6 +79,7 @@ class Data:
             name, other = "CIFAR-10 test", read_bytes(folder / "cifar10", "te")
         stop = None if num_images is None else 2 * num_images
         train = Images(pixels[:num_images], labels[:num_images], device)
+        name += "" if stop is None else f", first {stop}, of a trial"
         return cls(train, Images(other[0][:stop], other[1][:stop], device), name)
 
 

@@ -100,6 +100,17 @@ def test_an_experiment_runs_at_toy_size(
     assert json.loads(out.read_text())["rows"] == rows
 
 
+def test_a_trial_is_not_taken_for_the_whole(experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "accuracy.json"
+    words = f"accuracy_minilm.py {folder} {out} --task sst2 --steps 1 --batch 4 --seeds 0 --method wanda --kept {tmp_path} --images 8"
+    monkeypatch.setattr(sys, "argv", words.split())
+    experiment.main()
+    assert {row["data"] for row in json.loads(out.read_text())["rows"]} == {
+        "SST-2 held-out training sentences, first 8, of a trial",
+        "SST-2 test (GLUE's dev), first 8, of a trial",
+    }
+
+
 def test_without_labels_the_dense_network_has_nothing_to_learn(experiment: ModuleType, folder: Path) -> None:
     task = experiment.StsB(folder, torch.device("cpu"), None)
     dense = experiment.published_encoder(folder)

@@ -281,6 +281,8 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     ]
     assert not list((tmp_path / "kept").glob("*.pt"))
     assert all(0 <= row["value"] <= 100 and row["date"] for row in rows)
+    # Of a trial, so that the whole is not taken for done.
+    assert {row["data"] for row in rows} == {"CIFAR-10 test, first 128, of a trial"}
     # Of conv1 the three input channels make no group; conv2 is 8×8×3×3.
     assert [row.get("groups_24") for row in rows] == [None, 144, None, 144, None, 144]
     monkeypatch.setattr(fleet, "Fleet", None)  # Nothing is left to train.
