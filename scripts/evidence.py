@@ -123,6 +123,8 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         parts.append(f"distillation {recipe['distill']:g}")
     if "labels" in recipe:
         parts.append(f"labels {recipe['labels']:g}")
+    if recipe.get("unseen"):
+        parts.append("no sentence of dev or test")
     return ", ".join([*parts, *([f"from {recipe['method']}"] if "method" in recipe else [])])
 
 

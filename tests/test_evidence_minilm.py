@@ -47,7 +47,9 @@ def folder(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
         lines = [f"{text}\t{i % 2}" for i, text in enumerate(sentences)]
         (where / "glue-sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
     (where / "mrpc" / "msr-para-train.tsv").write_text("Quality\t1\t2\tone\tother\n1\t1\t2\tdog runs\tthe dog runs", encoding="utf-8-sig")
-    (where / "sick" / "SICK_train.txt").write_text("pair_ID\tA\tB\tscore\tjudgment\n1\tbad film\tgood film\t3\tNEUTRAL")
+    (where / "sick" / "SICK_train.txt").write_text(
+        "pair_ID\tA\tB\tscore\tjudgment\n1\tbad film\tgood film\t3\tNEUTRAL\n2\tA man, BAD.\tvery good\t3\tNEUTRAL"
+    )
     return where
 
 
@@ -56,7 +58,8 @@ def test_sentences_are_read_and_batched_in_order(experiment: ModuleType, folder:
 
     assert sentences.labelled(folder, "dev")[1] == ("a man bad", 1)
     assert sentences.pairs(folder, "dev")[1] == ("a man bad", "the runs bad", 1.0)
-    assert sentences.unlabelled(folder)[-4:] == ["dog runs", "the dog runs", "bad film", "good film"]
+    # The sentences of STS-B's training split are those of its dev and test split here, so none of them is left.
+    assert sentences.unlabelled(folder) == ["dog runs", "the dog runs", "bad film", "good film", "very good"]
     tokens = sentences.Tokens(folder, ["a very very good dog", "bad", "the dog runs"], torch.device("cpu"))
     ids, mask = tokens.batch(torch.tensor([2, 1]), tokens.length([2, 1]))
     assert ids.shape == mask.shape == (2, sentences.LENGTHS[0])

@@ -125,6 +125,8 @@ def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(script: Mo
     assert (
         "| ResNet-20 (20 epochs, batch 512, lr 0.2, from alps) | CIFAR-10 test | 91.73 | 71.20 (magnitude), 91.34 (alps) |"
     ) in script.summary_table()
+    stsb = {"steps": 600, "batch": 32, "lr": 1e-4, "distill": 1.0, "labels": 1.0, "unseen": True}
+    assert script.recipe_text(stsb) == "600 steps, batch 32, lr 0.0001, distillation 1, labels 1, no sentence of dev or test"
     assert script.oneshot_of("2:4, permuted", "alps") == "2:4 one-shot, alps, permuted"
     assert script.oneshot_of("2:4, wanda", "alps") == "2:4 one-shot, wanda"
 
