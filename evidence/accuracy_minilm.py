@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import CONTROL
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from fleet import leave_default_stream
 from ledger import Record, add_arguments, best, command_of, deadline, pattern_of, rows_of, shared_over_gpus
 from safetensors.torch import load_model, save_model
@@ -260,6 +260,8 @@ def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: 
         RuntimeError: the loss is not finite.
     """
     started = time.monotonic()
+    if started > until:
+        raise TimeoutError("time was up before training began")
     torch.manual_seed(seed)
     steps = Steps(model, teacher, task, recipe, seed=seed, sparse=sparse)
     for step in range(recipe.steps):
@@ -280,20 +282,27 @@ def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: 
     return time.monotonic() - started
 
 
-def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, steps: int) -> Encoder:
-    """Return the published encoder, for SST-2 with a classifier that is trained here once and written to `kept`."""
+def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, steps: int, until: float = math.inf) -> Encoder:
+    """Return the published encoder, for SST-2 with a classifier that is trained here once and written to `kept`.
+
+    Raises:
+        TimeoutError: time is up, of its training or of waiting for another process that trains it.
+    """
     torch.manual_seed(0)
     dropout = 0.1 if task.num_classes else 0.0
     model = published_encoder(folder, num_classes=task.num_classes, dropout=dropout).to(device)
     if task.num_classes:
         kept.mkdir(parents=True, exist_ok=True)
         path = kept / f"minilm-sst2-{len(task.labels['train'])}-sentences-{steps}-steps.safetensors"
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                log.info("dense: %d steps", steps)
-                train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False)
-                save_model(model, str(path.with_suffix(".tmp")))
-                path.with_suffix(".tmp").replace(path)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=-1 if math.isinf(until) else max(0.0, until - time.monotonic())):
+                if not path.exists():
+                    log.info("dense: %d steps", steps)
+                    train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False, until=until)
+                    save_model(model, str(path.with_suffix(".tmp")))
+                    path.with_suffix(".tmp").replace(path)
+        except Timeout as error:
+            raise TimeoutError("time is up while another process trains the dense network") from error
         load_model(model, path)
     for module in model.modules():
         # The pull towards the dense network's states asks for the same function of the same input.
@@ -370,7 +379,10 @@ def main() -> None:
         base = best_of(a.searched, base, task.metric)
         a.lr, a.labels, a.distill = base.lr, base.labels, base.distill
     record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
-    dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps)
+    try:
+        dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps, deadline(a))
+    except TimeoutError as error:
+        raise SystemExit(f"dense: {error}; run the same command again to go on") from error
     teacher = copy.deepcopy(dense).eval().requires_grad_(False)
     # Only the dense classifier of SST-2 depends on the steps.
     tag = f"{a.task}-{a.images or 'all'}" + (f"-{a.steps or DENSE.steps}" if task.num_classes else "")

@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 log = logging.getLogger("run_all")
 HERE = Path(__file__).parent
 
@@ -64,6 +66,17 @@ def attempt(command: list[str], environment: dict[str, str], started: float, min
     return left > least and subprocess.run([*command, "--minutes", f"{left:.2f}"], env=environment, check=False).returncode == 0
 
 
+def choose_kernels(path: Path, environment: dict[str, str]) -> None:
+    """Let narrow.py write its choices for this GPU, once: of several processes one measures, alone, and the others wait.
+
+    Without its choices the experiments use cuDNN: that it fails stops nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            subprocess.run([sys.executable, str(HERE / "narrow.py"), str(path)], env=environment, check=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -82,9 +95,8 @@ def main() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH", ""))))}
     narrow = a.kept / "narrow.json"
     environment["NARROW_CHOICES"] = str(narrow)
-    if shutil.which("nvidia-smi") and not narrow.exists() and not a.list:
-        # Without its choices the experiments use cuDNN: that it fails stops nothing.
-        subprocess.run([sys.executable, str(HERE / "narrow.py"), str(narrow)], env=environment, check=False)
+    if shutil.which("nvidia-smi") and not a.list:
+        choose_kernels(narrow, environment)
     failed = []
     for name in a.only:
         job = JOBS[name]

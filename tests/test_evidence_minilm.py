@@ -103,6 +103,19 @@ def test_an_experiment_runs_at_toy_size(
     assert json.loads(out.read_text())["rows"] == rows
 
 
+def test_no_training_begins_when_time_is_up(experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"accuracy_minilm.py {folder} {tmp_path / 'accuracy.json'} --task sst2 --steps 1 --batch 4 --method wanda --kept {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--minutes", "0"])
+    monkeypatch.setattr(experiment, "Steps", None)
+    with pytest.raises(SystemExit, match="dense: time was up before training began; run the same command again to go on"):
+        experiment.main()
+    with (
+        experiment.FileLock(tmp_path / "minilm-sst2-24-sentences-1-steps.lock"),
+        pytest.raises(SystemExit, match="dense: time is up while another process trains the dense network"),
+    ):
+        experiment.main()
+
+
 def test_a_trial_is_not_taken_for_the_whole(experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "accuracy.json"
     words = f"accuracy_minilm.py {folder} {out} --task sst2 --steps 1 --batch 4 --seeds 0 --method wanda --kept {tmp_path} --images 8"

@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -184,6 +186,22 @@ def test_what_several_processes_left_is_found_by_one(tmp_path: Path) -> None:
     assert not ledger.shared_over_gpus(alone)
     assert ledger.Record(out, "command").has(row)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_of_several_processes_one_measures_the_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import run_all
+
+    choices, begun = tmp_path / "kept" / "narrow.json", []
+
+    def measure(command: list[str], **_: Any) -> None:
+        begun.append(command)
+        time.sleep(0.2)
+        choices.write_text("{}")
+
+    monkeypatch.setattr(run_all.subprocess, "run", measure)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: run_all.choose_kernels(choices, {}), range(3)))
+    assert len(begun) == 1
 
 
 class Tiny(nn.Module):
