@@ -93,7 +93,7 @@ def main() -> None:
     started = time.monotonic()
     source = str(HERE.parent / "src")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH", ""))))}
-    narrow = a.kept / "narrow.json"
+    narrow = Path(os.environ.get("NARROW_CHOICES") or a.kept / "narrow.json")
     environment["NARROW_CHOICES"] = str(narrow)
     if shutil.which("nvidia-smi") and not a.list:
         choose_kernels(narrow, environment)
