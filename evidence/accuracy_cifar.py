@@ -18,6 +18,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,11 +103,10 @@ def main() -> None:
         network = NETWORKS[net]
         program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
+        until = deadline(a)
+        make = partial(dense_network, net, data.train, a.folder, a.kept, program, published=not a.search, recipe=usual, until=until)
         try:
-            dense, seconds = dense_network(
-                net, data.train, a.folder, a.kept, program, published=not a.search, recipe=usual, until=deadline(a)
-            )
-            experiment = Experiment("retraining", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
+            experiment = Experiment("retraining", net, make, program, data, record, a.fleet, until, a.kept)
             experiment.run(arms, range(a.shard[0], a.seeds, a.shard[1]))
         except OutOfTimeError as error:
             raise SystemExit(f"{net}: {error}; run the same command again to go on") from error

@@ -379,6 +379,22 @@ def main() -> None:
         base = best_of(a.searched, base, task.metric)
         a.lr, a.labels, a.distill = base.lr, base.labels, base.distill
     record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
+    splits = ["dev"] if a.search else ["dev", "test"]
+    head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
+    # Rows of a trial are not those of the whole.
+    names = {split: name + ("" if a.images is None else f", first {a.images}, of a trial") for split, name in task.names.items()}
+
+    methods = tuple(dict.fromkeys(("magnitude", base.method)))
+    trainings = [
+        {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
+        for seed in range(a.shard[0], a.seeds, a.shard[1])
+        for recipe in recipes(a.search, base, a.task)
+        for variant in (CONTROL, "2:4")
+    ]
+    alone = [{"variant": v, "seed": None, "recipe": None} for v in ("dense", *(f"2:4 one-shot, {method}" for method in methods))]
+    if all(record.has({**head, "data": names["dev"], **about}) for about in (*alone, *trainings)):
+        log.info("%s: nothing is left to do", a.task)
+        return
     try:
         dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps, deadline(a))
     except TimeoutError as error:
@@ -386,11 +402,7 @@ def main() -> None:
     teacher = copy.deepcopy(dense).eval().requires_grad_(False)
     # Only the dense classifier of SST-2 depends on the steps.
     tag = f"{a.task}-{a.images or 'all'}" + (f"-{a.steps or DENSE.steps}" if task.num_classes else "")
-    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
-    splits = ["dev"] if a.search else ["dev", "test"]
-    head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
-    # Rows of a trial are not those of the whole.
-    names = {split: name + ("" if a.images is None else f", first {a.images}, of a trial") for split, name in task.names.items()}
+    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in methods}
 
     def rows(model: nn.Module, **about: Any) -> list[dict[str, Any]]:
         if about["variant"].startswith("2:4"):
@@ -400,20 +412,20 @@ def main() -> None:
     record.add(*rows(dense, variant="dense", seed=None, recipe=None))
     for method, model in sparse.items():
         record.add(*rows(model, variant=f"2:4 one-shot, {method}", seed=None, recipe=None))
-    for seed in range(a.shard[0], a.seeds, a.shard[1]):
-        for recipe in recipes(a.search, base, a.task):
-            for variant in (CONTROL, "2:4"):
-                about = {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
-                if record.has({**head, "data": names["dev"], **about}):
-                    continue
-                model = copy.deepcopy(dense if variant == CONTROL else sparse[base.method])
-                try:
-                    seconds = train(model, teacher, task, recipe, seed=seed, sparse=variant == "2:4", until=deadline(a))
-                except TimeoutError as error:
-                    raise SystemExit(f"{error}; run the same command again to go on") from error
-                new = rows(model, **about, gpu_seconds=round(seconds / len(splits) / a.per_gpu, 2))
-                record.add(*new)
-                log.info("seed %d %s %s: %s", seed, variant, recipe, ", ".join(f"{row['data']} {row['value']:.2f}" for row in new))
+    for about in trainings:
+        if record.has({**head, "data": names["dev"], **about}):
+            continue
+        is_sparse = about["variant"] == "2:4"
+        recipe = replace(base, **about["recipe"])
+        model = copy.deepcopy(sparse[base.method] if is_sparse else dense)
+        try:
+            seconds = train(model, teacher, task, recipe, seed=about["seed"], sparse=is_sparse, until=deadline(a))
+        except TimeoutError as error:
+            raise SystemExit(f"{error}; run the same command again to go on") from error
+        new = rows(model, **about, gpu_seconds=round(seconds / len(splits) / a.per_gpu, 2))
+        record.add(*new)
+        told = ", ".join(f"{row['data']} {row['value']:.2f}" for row in new)
+        log.info("seed %d %s %s: %s", about["seed"], about["variant"], recipe, told)
 
 
 if __name__ == "__main__":

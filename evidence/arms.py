@@ -4,8 +4,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,19 @@ def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofou
     return model.cpu(), record
 
 
+def weights_digest(model: nn.Module, told: str = "") -> str:
+    """Return a digest of all weights and statistics, begun with a text."""
+    digest = hashlib.sha256(told.encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def pruned_once(dense: nn.Module, arm: Arm, train: Images, kept: Path) -> tuple[nn.Module, twofour.Pruning]:
     """Return what `pruned` does; written to `kept` by whichever process comes first, and read from there on any machine."""
-    digest = hashlib.sha256(f"{twofour.__version__} {len(train)} {arm.method} {arm.permuted} {arm.reestimated}".encode())
-    for value in dense.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    told = f"{twofour.__version__} {len(train)} {arm.method} {arm.permuted} {arm.reestimated}"
     kept.mkdir(parents=True, exist_ok=True)
-    path = kept / f"start-{arm.method}-{digest.hexdigest()[:16]}.safetensors"
+    path = kept / f"start-{arm.method}-{weights_digest(dense, told)}.safetensors"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             model, record = pruned(dense, arm, train)
@@ -126,22 +132,22 @@ class Experiment:
     """One network's arms.
 
     Attributes:
+        make_dense: gives the dense network and the seconds that its training took here and now; called if something is left to do.
         fleet: networks trained at once.
         until: `time.monotonic()` after which no epoch begins.
         kept: where unfinished trainings lie.
-        dense_seconds: that the dense network's training took here and now.
     """
 
     name: str
     net: str
-    dense: nn.Module
+    make_dense: Callable[[], tuple[nn.Module, float]]
     program: Program
     data: Data
     record: Record
     fleet: int
     until: float
     kept: Path
-    dense_seconds: float = 0.0
+    dense: nn.Module = field(init=False)
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
         """Train what is not in the record yet.
@@ -149,16 +155,27 @@ class Experiment:
         Raises:
             OutOfTimeError: time is up; the unfinished fleet was saved.
         """
-        plain = self.data.judged.plain()
-        if not self.record.has(self.row("dense", None, None)):
-            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain)}
-            self.record.add({**row, "gpu_seconds": round(self.dense_seconds, 2)} if self.dense_seconds else row)
         left = [(arm, seed) for seed in seeds for arm in arms if not self.record.has(self.row(arm.variant, seed, arm.recipe))]
+        # What magnitude alone leaves stands beside every other start.
+        usual = [Arm("", Recipe(), permuted=permuted) for permuted in dict.fromkeys(arm.permuted for arm in arms if arm.method)]
+        alone = [arm for arm in usual if not self.record.has(self.oneshot_row(arm))]
+        recorded = self.record.find(self.row("dense", None, None))
+        if recorded and not left and not alone:
+            log.info("%s: nothing is left to do", self.net)
+            return
+        self.dense, seconds = self.make_dense()
+        plain, digest = self.data.judged.plain(), weights_digest(self.dense)
+        if recorded is None:
+            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain), "weights": digest}
+            self.record.add({**row, "gpu_seconds": round(seconds, 2)} if seconds else row)
+        elif recorded.get("weights", digest) != digest:
+            raise SystemExit(
+                f"{self.net}: the dense network is another than that of the rows in {self.record.out}, expected the same; "
+                f"bring back its file to {self.kept}, or remove the network's rows"
+            )
         starts: dict[tuple[Any, ...], tuple[nn.Module, twofour.Pruning | None]] = {}
-        for permuted in dict.fromkeys(arm.permuted for arm in arms if arm.method):
-            usual = Arm("", Recipe(), permuted=permuted)  # what magnitude alone leaves stands beside every other start
-            if not self.record.has(self.oneshot_row(usual)):
-                self.start(usual, starts, plain)
+        for arm in alone:
+            self.start(arm, starts, plain)
         for (_, _), jobs in _grouped(left):
             for at in range(0, len(jobs), self.fleet):
                 self.train(jobs[at : at + self.fleet], starts, plain)

@@ -120,9 +120,14 @@ class Record:
         i, n = self.shard
         return self.out if n == 1 else part(self.out, i, n)
 
+    def find(self, row: Row) -> Row | None:
+        """Return the row of that key, if it is there."""
+        key = key_of(row)
+        return next((r for r in (*self.earlier, *self.own) if key_of(r) == key), None)
+
     def has(self, row: Row) -> bool:
         """Whether such a row is there."""
-        return key_of(row) in {key_of(r) for r in (*self.earlier, *self.own)}
+        return self.find(row) is not None
 
     def add(self, *rows: Row) -> None:
         """Write further rows at once."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 from script_loader import load_script
 from torch import Tensor, nn
@@ -305,9 +306,17 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     assert {row["data"] for row in rows} == {"CIFAR-10 test, first 128, of a trial"}
     # Of conv1 the three input channels make no group; conv2 is 8×8×3×3.
     assert [row.get("groups_24") for row in rows] == [None, 144, None, 144, None, 144]
-    monkeypatch.setattr(fleet, "Fleet", None)  # Nothing is left to train.
-    accuracy_cifar.main()
+    dense = tmp_path / "kept" / "Tiny-64-images-1-epochs.safetensors"
+    dense.unlink()
+    with monkeypatch.context() as done:
+        done.setattr(fleet, "Fleet", None)  # Nothing is left to train, so on a machine without the dense network it is not trained either.
+        accuracy_cifar.main()
     assert ledger.rows_of(out) == rows
+    torch.manual_seed(1)
+    save_file(Tiny().state_dict(), dense)
+    monkeypatch.setattr(sys, "argv", [*words, "--seeds", "3", "--kept", str(tmp_path / "kept")])
+    with pytest.raises(SystemExit, match=r"Tiny: the dense network is another than that of the rows in .*accuracy-tiny.json, expected"):
+        accuracy_cifar.main()
     monkeypatch.setattr(script, "ROOT", tmp_path)
     assert "4 |" in script.runs_table()
 
