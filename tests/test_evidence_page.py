@@ -51,10 +51,17 @@ def test_a_goal_is_reached_by_the_upper_end_of_a_narrow_interval(script: ModuleT
     goal = script.Goal("n", "d", floor=-0.5, aim=-0.1, published=91.0, seeds=3)
     near = lambda mean: script.Paired(tuple(mean + d for d in (-0.05, 0.0, 0.05)))  # noqa: E731 - half-width 0.124
     assert near(0).half == pytest.approx(0.1242, abs=1e-4)
-    outcomes = [script.outcome(goal, near(mean), value) for mean, value in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
+
+    def reached(value: float, dense: float = 91.0) -> list[dict[str, Any]]:
+        return [{"variant": "2:4", "seed": 0, "value": value}, {"variant": "dense", "seed": None, "value": dense}]
+
+    outcomes = [script.outcome(goal, near(mean), reached(at)) for mean, at in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
     assert outcomes == ["missed", "reached", "reached, and the aim", "reached"]
-    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), 92)
-    assert script.outcome(goal, script.Paired((0.0, 0.0)), 92) == "open: 2 of 3 seeds"
+    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), reached(92))
+    assert script.outcome(goal, script.Paired((0.0, 0.0)), reached(92)) == "open: 2 of 3 seeds"
+    (own,) = (g for g in script.GOALS if g.net == "ResNet-18")
+    assert script.outcome(own, near(0), reached(95, 94.9)) == "open: the dense network is below 95"
+    assert script.outcome(own, near(0), reached(95, 95.0)) == "reached, and the aim"
 
 
 @pytest.mark.parametrize("name", ["docs/evidence.md", "docs/recipes.md", "README.md"])
@@ -113,6 +120,10 @@ def test_of_two_recipes_the_one_measured_last_is_shown_not_the_better_on_the_tes
     )
     (recorded / "accuracy-a.json").write_text(json.dumps({**first, "rows": [*first["rows"], *second["rows"][2:]]}))
     assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 |" in script.short_table()
+    assert script.plot_names(script.measured(script.recorded())) == [
+        "ResNet-20, CIFAR-10 test, lr 0.2, 2 of 10 seeds",
+        "ResNet-20, CIFAR-10 test, lr 0.06, 2 of 10 seeds",
+    ]
     assert {"lr 0.2)", "lr 0.06)"} == {
         line.split("512, ")[1].split(" |")[0] for line in script.summary_table().splitlines() if "512, " in line
     }
@@ -130,6 +141,8 @@ def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(script: Mo
     ) in script.summary_table()
     stsb = {"steps": 600, "batch": 32, "lr": 1e-4, "distill": 1.0, "labels": 1.0, "unseen": True}
     assert script.recipe_text(stsb) == "600 steps, batch 32, lr 0.0001, distillation 1, labels 1, no sentence of dev or test"
+    texts = [script.recipe_text(row["recipe"], v) for v in ("2:4", "2:4, permuted", "2:4, wanda", "2:4, masks recomputed", script.CONTROL)]
+    assert [text.split("lr 0.2")[1] for text in texts] == [", from alps", ", from alps", "", "", ""]
     assert script.oneshot_of("2:4, permuted", "alps") == "2:4 one-shot, alps, permuted"
     assert script.oneshot_of("2:4, wanda", "alps") == "2:4 one-shot, wanda"
 
