@@ -1,7 +1,7 @@
 """What each choice of the recipe is worth: method, length, learning rate, distillation, permutation, batch-norm, fixed masks.
 
     python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-resnet20.json --nets ResNet-20 --seeds 5
-    python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-mobilenetv2.json --nets MobileNetV2 --seeds 3 --batch 256
+    python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-mobilenetv2.json --nets MobileNetV2 --seeds 2 --weight-decay 5e-4
 
 FOLDER as in `accuracy_oneshot.py`. Everything, the dense network included, is trained on 45,000 images and judged on the 5,000 left out,
 so that a recipe may be chosen from it. Every arm differs from the first in one thing; arms of another recipe have a control of their own.

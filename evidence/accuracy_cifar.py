@@ -3,8 +3,8 @@
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-recipe.json --nets ResNet-20 --seeds 2 --search
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-cifar.json --searched results/GPU/accuracy-recipe.json
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-cifar-200.json --nets ResNet-20 --epochs 200
-    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-resnet18.json --nets ResNet-18 --seeds 3 --weight-decay 5e-4
-    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-mobilenetv2.json --nets MobileNetV2 --seeds 3 --permute off on
+    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-resnet18.json --nets ResNet-18 --seeds 5 --weight-decay 5e-4
+    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-mobilenetv2.json --nets MobileNetV2 --seeds 5 --permute off on
 
 FOLDER as in `accuracy_oneshot.py`. ResNet-20 to 56 are others' networks; ResNet-18 and MobileNetV2 are trained here first. Both arms start
 from the same dense weights, and a seed gives both the same order of images, crops and flips. `--search` trains the dense network and all

@@ -8,6 +8,7 @@ same steps run one after the other.
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -431,8 +432,9 @@ class Fleet:
             "generators": [m.feed.generator.get_state() for m in self.members],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")  # another process may be at the same
+        torch.save(state, aside)
+        aside.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote; call it after `prepare`.
