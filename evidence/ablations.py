@@ -1,7 +1,7 @@
 """What each choice of the recipe is worth: method, length, learning rate, distillation, permutation, batch-norm, fixed masks.
 
     python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-resnet20.json --nets ResNet-20 --seeds 5
-    python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-mobilenetv2.json --nets MobileNetV2 --seeds 3 --batch 256
+    python evidence/ablations.py FOLDER results/GPU/accuracy-ablations-mobilenetv2.json --nets MobileNetV2 --seeds 2 --weight-decay 5e-4
 
 FOLDER as in `accuracy_oneshot.py`. Everything, the dense network included, is trained on 45,000 images and judged on the 5,000 left out,
 so that a recipe may be chosen from it. Every arm differs from the first in one thing; arms of another recipe have a control of their own.
@@ -10,6 +10,7 @@ so that a recipe may be chosen from it. Every arm differs from the first in one 
 import argparse
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,9 +78,10 @@ def main() -> None:
         network = NETWORKS[net]
         program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
+        until = deadline(a)
+        make = partial(dense_network, net, data.train, a.folder, a.kept, program, published=False, recipe=usual, until=until)
         try:
-            dense, seconds = dense_network(net, data.train, a.folder, a.kept, program, published=False, recipe=usual, until=deadline(a))
-            experiment = Experiment("ablations", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
+            experiment = Experiment("ablations", net, make, program, data, record, a.fleet, until, a.kept)
             experiment.run(wanted, range(a.shard[0], a.seeds, a.shard[1]))
         except OutOfTimeError as error:
             raise SystemExit(f"{net}: {error}; run the same command again to go on") from error

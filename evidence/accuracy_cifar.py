@@ -3,8 +3,8 @@
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-recipe.json --nets ResNet-20 --seeds 2 --search
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-cifar.json --searched results/GPU/accuracy-recipe.json
     python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-cifar-200.json --nets ResNet-20 --epochs 200
-    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-resnet18.json --nets ResNet-18 --seeds 3 --weight-decay 5e-4
-    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-mobilenetv2.json --nets MobileNetV2 --seeds 3 --permute off on
+    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-resnet18.json --nets ResNet-18 --seeds 5 --weight-decay 5e-4
+    python evidence/accuracy_cifar.py FOLDER results/GPU/accuracy-mobilenetv2.json --nets MobileNetV2 --seeds 5 --permute off on
 
 FOLDER as in `accuracy_oneshot.py`. ResNet-20 to 56 are others' networks; ResNet-18 and MobileNetV2 are trained here first. Both arms start
 from the same dense weights, and a seed gives both the same order of images, crops and flips. `--search` trains the dense network and all
@@ -18,6 +18,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,11 +103,10 @@ def main() -> None:
         network = NETWORKS[net]
         program = program_of(network, a.compile)
         usual = network.dense if a.dense_epochs is None else replace(network.dense, epochs=a.dense_epochs)
+        until = deadline(a)
+        make = partial(dense_network, net, data.train, a.folder, a.kept, program, published=not a.search, recipe=usual, until=until)
         try:
-            dense, seconds = dense_network(
-                net, data.train, a.folder, a.kept, program, published=not a.search, recipe=usual, until=deadline(a)
-            )
-            experiment = Experiment("retraining", net, dense, program, data, record, a.fleet, deadline(a), a.kept, seconds)
+            experiment = Experiment("retraining", net, make, program, data, record, a.fleet, until, a.kept)
             experiment.run(arms, range(a.shard[0], a.seeds, a.shard[1]))
         except OutOfTimeError as error:
             raise SystemExit(f"{net}: {error}; run the same command again to go on") from error

@@ -21,13 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from arms import CONTROL
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from fleet import leave_default_stream
-from ledger import Record, add_arguments, best, command_of, deadline, rows_of, shared_over_gpus
+from ledger import Record, add_arguments, best, command_of, deadline, pattern_of, rows_of, shared_over_gpus
 from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from sentences import PRUNED, Encoder, Tokens, labelled, pairs, published_encoder, unlabelled
@@ -50,6 +50,7 @@ class Recipe:
     Attributes:
         batch: labelled items a step; STS-B adds twice as many sentences without labels.
         method: of pruning, where the 2:4 network starts.
+        unseen: no sentence without a label is one of STS-B's dev or test split; so `sentences.unlabelled` gives them.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Recipe:
     distill: float
     method: str = "alps"
     weight_decay: float = 0.01
+    unseen: bool = False
 
     def lr_of(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -67,7 +69,7 @@ class Recipe:
 
 
 RECIPES = {
-    "stsb": Recipe(steps=1200, lr=2e-4, batch=32, labels=1.0, distill=1.0),
+    "stsb": Recipe(steps=1200, lr=2e-4, batch=32, labels=1.0, distill=1.0, unseen=True),
     "sst2": Recipe(steps=1500, lr=1e-4, batch=64, labels=0.5, distill=1.0),
 }
 DENSE = Recipe(steps=2800, lr=5e-5, batch=64, labels=1.0, distill=0.0)
@@ -142,7 +144,7 @@ class StsB:
         cosine = (e[0::2] * e[1::2]).sum(1)
         return round(100 * float(spearmanr(cosine.cpu().numpy(), self.scores[split].cpu().numpy()).statistic), 4)
 
-    names = {"dev": "STS-B dev", "test": "STS-B test"}  # noqa: RUF012 - never changed
+    names: ClassVar = {"dev": "STS-B dev", "test": "STS-B test"}
 
 
 class Sst2:
@@ -182,7 +184,7 @@ class Sst2:
         right = self.tokens[split].outputs(model).argmax(1) == self.labels[split]
         return round(100 * float(right.double().mean()), 4)
 
-    names = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}  # noqa: RUF012 - never changed
+    names: ClassVar = {"dev": "SST-2 held-out training sentences", "test": "SST-2 test (GLUE's dev)"}
 
 
 class Steps:
@@ -258,6 +260,8 @@ def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: 
         RuntimeError: the loss is not finite.
     """
     started = time.monotonic()
+    if started > until:
+        raise TimeoutError("time was up before training began")
     torch.manual_seed(seed)
     steps = Steps(model, teacher, task, recipe, seed=seed, sparse=sparse)
     for step in range(recipe.steps):
@@ -278,20 +282,27 @@ def train(model: Encoder, teacher: Encoder, task: Any, recipe: Recipe, *, seed: 
     return time.monotonic() - started
 
 
-def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, steps: int) -> Encoder:
-    """Return the published encoder, for SST-2 with a classifier that is trained here once and written to `kept`."""
+def dense_network(task: Any, folder: Path, kept: Path, device: torch.device, steps: int, until: float = math.inf) -> Encoder:
+    """Return the published encoder, for SST-2 with a classifier that is trained here once and written to `kept`.
+
+    Raises:
+        TimeoutError: time is up, of its training or of waiting for another process that trains it.
+    """
     torch.manual_seed(0)
     dropout = 0.1 if task.num_classes else 0.0
     model = published_encoder(folder, num_classes=task.num_classes, dropout=dropout).to(device)
     if task.num_classes:
         kept.mkdir(parents=True, exist_ok=True)
         path = kept / f"minilm-sst2-{len(task.labels['train'])}-sentences-{steps}-steps.safetensors"
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                log.info("dense: %d steps", steps)
-                train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False)
-                save_model(model, str(path.with_suffix(".tmp")))
-                path.with_suffix(".tmp").replace(path)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=-1 if math.isinf(until) else max(0.0, until - time.monotonic())):
+                if not path.exists():
+                    log.info("dense: %d steps", steps)
+                    train(model, model, task, replace(DENSE, steps=steps), seed=0, sparse=False, until=until)
+                    save_model(model, str(path.with_suffix(".tmp")))
+                    path.with_suffix(".tmp").replace(path)
+        except Timeout as error:
+            raise TimeoutError("time is up while another process trains the dense network") from error
         load_model(model, path)
     for module in model.modules():
         # The pull towards the dense network's states asks for the same function of the same input.
@@ -368,34 +379,53 @@ def main() -> None:
         base = best_of(a.searched, base, task.metric)
         a.lr, a.labels, a.distill = base.lr, base.labels, base.distill
     record = Record(a.out, command_of("accuracy_minilm.py", a, SHOWN), a.shard)
-    dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps)
+    splits = ["dev"] if a.search else ["dev", "test"]
+    head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
+    # Rows of a trial are not those of the whole.
+    names = {split: name + ("" if a.images is None else f", first {a.images}, of a trial") for split, name in task.names.items()}
+
+    methods = tuple(dict.fromkeys(("magnitude", base.method)))
+    trainings = [
+        {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
+        for seed in range(a.shard[0], a.seeds, a.shard[1])
+        for recipe in recipes(a.search, base, a.task)
+        for variant in (CONTROL, "2:4")
+    ]
+    alone = [{"variant": v, "seed": None, "recipe": None} for v in ("dense", *(f"2:4 one-shot, {method}" for method in methods))]
+    if all(record.has({**head, "data": names["dev"], **about}) for about in (*alone, *trainings)):
+        log.info("%s: nothing is left to do", a.task)
+        return
+    try:
+        dense = dense_network(task, a.folder, a.kept, device, a.steps or DENSE.steps, deadline(a))
+    except TimeoutError as error:
+        raise SystemExit(f"dense: {error}; run the same command again to go on") from error
     teacher = copy.deepcopy(dense).eval().requires_grad_(False)
     # Only the dense classifier of SST-2 depends on the steps.
     tag = f"{a.task}-{a.images or 'all'}" + (f"-{a.steps or DENSE.steps}" if task.num_classes else "")
-    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in dict.fromkeys(("magnitude", base.method))}
-    splits = ["dev"] if a.search else ["dev", "test"]
-    head = {"experiment": "retraining", "net": "MiniLM-L6", "metric": task.metric}
+    sparse = {method: pruned(dense, task, method, a.kept, tag) for method in methods}
 
     def rows(model: nn.Module, **about: Any) -> list[dict[str, Any]]:
-        return [{**head, "data": task.names[split], **about, "value": task.judge(model, split)} for split in splits]
+        if about["variant"].startswith("2:4"):
+            about |= pattern_of(model, [n for n, p in model.named_parameters() if n.startswith("bert.encoder.layer.") and p.ndim == 2])
+        return [{**head, "data": names[split], **about, "value": task.judge(model, split)} for split in splits]
 
     record.add(*rows(dense, variant="dense", seed=None, recipe=None))
     for method, model in sparse.items():
         record.add(*rows(model, variant=f"2:4 one-shot, {method}", seed=None, recipe=None))
-    for seed in range(a.shard[0], a.seeds, a.shard[1]):
-        for recipe in recipes(a.search, base, a.task):
-            for variant in (CONTROL, "2:4"):
-                about = {"variant": variant, "seed": seed, "recipe": asdict(recipe)}
-                if record.has({**head, "data": task.names["dev"], **about}):
-                    continue
-                model = copy.deepcopy(dense if variant == CONTROL else sparse[base.method])
-                try:
-                    seconds = train(model, teacher, task, recipe, seed=seed, sparse=variant == "2:4", until=deadline(a))
-                except TimeoutError as error:
-                    raise SystemExit(f"{error}; run the same command again to go on") from error
-                new = rows(model, **about, gpu_seconds=round(seconds / len(splits) / a.per_gpu, 2))
-                record.add(*new)
-                log.info("seed %d %s %s: %s", seed, variant, recipe, ", ".join(f"{row['data']} {row['value']:.2f}" for row in new))
+    for about in trainings:
+        if record.has({**head, "data": names["dev"], **about}):
+            continue
+        is_sparse = about["variant"] == "2:4"
+        recipe = replace(base, **about["recipe"])
+        model = copy.deepcopy(sparse[base.method] if is_sparse else dense)
+        try:
+            seconds = train(model, teacher, task, recipe, seed=about["seed"], sparse=is_sparse, until=deadline(a))
+        except TimeoutError as error:
+            raise SystemExit(f"{error}; run the same command again to go on") from error
+        new = rows(model, **about, gpu_seconds=round(seconds / len(splits) / a.per_gpu, 2))
+        record.add(*new)
+        told = ", ".join(f"{row['data']} {row['value']:.2f}" for row in new)
+        log.info("seed %d %s %s: %s", about["seed"], about["variant"], recipe, told)
 
 
 if __name__ == "__main__":

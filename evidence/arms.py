@@ -4,8 +4,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from fleet import Images, Member, Program, Recipe, accuracy_percent, train_together
-from ledger import Record
+from ledger import Record, pattern_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -68,7 +68,7 @@ class Data:
     def of(cls, folder: Path, device: torch.device, *, held_out: bool, num_images: int | None) -> "Data":
         """Return all training images and the test images, or with `held_out` 45,000 training images and the other 5,000.
 
-        `num_images` leaves the first so many to train on and twice as many to judge by at most.
+        `num_images` leaves the first so many to train on and twice as many to judge by at most; the name says so.
         """
         pixels, labels = read_bytes(folder / "cifar10", "tr")
         kept = len(labels) - HELD_OUT
@@ -79,6 +79,7 @@ class Data:
             name, other = "CIFAR-10 test", read_bytes(folder / "cifar10", "te")
         stop = None if num_images is None else 2 * num_images
         train = Images(pixels[:num_images], labels[:num_images], device)
+        name += "" if stop is None else f", first {stop}, of a trial"
         return cls(train, Images(other[0][:stop], other[1][:stop], device), name)
 
 
@@ -99,13 +100,19 @@ def pruned(dense: nn.Module, arm: Arm, train: Images) -> tuple[nn.Module, twofou
     return model.cpu(), record
 
 
+def weights_digest(model: nn.Module, told: str = "") -> str:
+    """Return a digest of all weights and statistics, begun with a text."""
+    digest = hashlib.sha256(told.encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def pruned_once(dense: nn.Module, arm: Arm, train: Images, kept: Path) -> tuple[nn.Module, twofour.Pruning]:
     """Return what `pruned` does; written to `kept` by whichever process comes first, and read from there on any machine."""
-    digest = hashlib.sha256(f"{twofour.__version__} {len(train)} {arm.method} {arm.permuted} {arm.reestimated}".encode())
-    for value in dense.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    told = f"{twofour.__version__} {len(train)} {arm.method} {arm.permuted} {arm.reestimated}"
     kept.mkdir(parents=True, exist_ok=True)
-    path = kept / f"start-{arm.method}-{digest.hexdigest()[:16]}.safetensors"
+    path = kept / f"start-{arm.method}-{weights_digest(dense, told)}.safetensors"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             model, record = pruned(dense, arm, train)
@@ -125,22 +132,22 @@ class Experiment:
     """One network's arms.
 
     Attributes:
+        make_dense: gives the dense network and the seconds that its training took here and now; called if something is left to do.
         fleet: networks trained at once.
         until: `time.monotonic()` after which no epoch begins.
         kept: where unfinished trainings lie.
-        dense_seconds: that the dense network's training took here and now.
     """
 
     name: str
     net: str
-    dense: nn.Module
+    make_dense: Callable[[], tuple[nn.Module, float]]
     program: Program
     data: Data
     record: Record
     fleet: int
     until: float
     kept: Path
-    dense_seconds: float = 0.0
+    dense: nn.Module = field(init=False)
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
         """Train what is not in the record yet.
@@ -148,25 +155,37 @@ class Experiment:
         Raises:
             OutOfTimeError: time is up; the unfinished fleet was saved.
         """
-        plain = self.data.judged.plain()
-        if not self.record.has(self.row("dense", None, None)):
-            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain)}
-            self.record.add({**row, "gpu_seconds": round(self.dense_seconds, 2)} if self.dense_seconds else row)
         left = [(arm, seed) for seed in seeds for arm in arms if not self.record.has(self.row(arm.variant, seed, arm.recipe))]
+        # What magnitude alone leaves stands beside every other start.
+        usual = [Arm("", Recipe(), permuted=permuted) for permuted in dict.fromkeys(arm.permuted for arm in arms if arm.method)]
+        alone = [arm for arm in usual if not self.record.has(self.oneshot_row(arm))]
+        recorded = self.record.find(self.row("dense", None, None))
+        if recorded and not left and not alone:
+            log.info("%s: nothing is left to do", self.net)
+            return
+        self.dense, seconds = self.make_dense()
+        plain, digest = self.data.judged.plain(), weights_digest(self.dense)
+        if recorded is None:
+            row = {**self.row("dense", None, None), "value": self.judge(self.dense, plain), "weights": digest}
+            self.record.add({**row, "gpu_seconds": round(seconds, 2)} if seconds else row)
+        elif recorded.get("weights", digest) != digest:
+            raise SystemExit(
+                f"{self.net}: the dense network is another than that of the rows in {self.record.out}, expected the same; "
+                f"bring back its file to {self.kept}, or remove the network's rows"
+            )
         starts: dict[tuple[Any, ...], tuple[nn.Module, twofour.Pruning | None]] = {}
-        for permuted in dict.fromkeys(arm.permuted for arm in arms if arm.method):
-            usual = Arm("", Recipe(), permuted=permuted)  # what magnitude alone leaves stands beside every other start
-            if not self.record.has(self.oneshot_row(usual)):
-                self.start(usual, starts, plain)
+        for arm in alone:
+            self.start(arm, starts, plain)
         for (_, _), jobs in _grouped(left):
             for at in range(0, len(jobs), self.fleet):
                 self.train(jobs[at : at + self.fleet], starts, plain)
 
     def train(self, jobs: Sequence[tuple[Arm, int]], starts: dict[tuple[Any, ...], Any], plain: Tensor) -> None:
         """Train one fleet and record it."""
-        members = []
+        members, pruned_names = [], []
         for arm, seed in jobs:
             model, pruning = self.start(arm, starts, plain)
+            pruned_names.append([] if pruning is None else [layer.name for layer in pruning.pruned])
             members.append(
                 Member(
                     copy.deepcopy(model),
@@ -185,14 +204,17 @@ class Experiment:
         )
         told = json.dumps([self.net, self.data.name, [(asdict(arm), seed) for arm, seed in jobs]])
         digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-        seconds, preparing = train_together(
-            members, say=lambda line: log.info("%s %s", self.net, line), saved=self.kept / f"{digest}.pt", until=self.until
-        )
+        saved = self.kept / f"{digest}.pt"
+        seconds, preparing = train_together(members, say=lambda line: log.info("%s %s", self.net, line), saved=saved, until=self.until)
         share = {"fleet": len(members), "gpu_seconds": round((seconds + preparing) / len(members), 2)}
-        for (arm, seed), member in zip(jobs, members, strict=True):
-            row = {**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **share}
-            self.record.add(row)
-            log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, row["value"])
+        rows = []
+        for (arm, seed), member, names in zip(jobs, members, pruned_names, strict=True):
+            pattern = pattern_of(member.model, names) if names else {}
+            rows.append({**self.row(arm.variant, seed, arm.recipe), "value": self.judge(member.model, plain), **pattern, **share})
+            log.info("%s seed %d %s: %.2f", self.net, seed, arm.variant, rows[-1]["value"])
+        # All at once, and the state only then removed: what is left of a fleet would be another fleet, and begin anew.
+        self.record.add(*rows)
+        saved.unlink(missing_ok=True)
 
     def start(self, arm: Arm, starts: dict[tuple[Any, ...], Any], plain: Tensor) -> tuple[nn.Module, twofour.Pruning | None]:
         """Return where an arm's training begins; its accuracy is recorded."""
@@ -203,7 +225,9 @@ class Experiment:
             starts[key] = pruned_once(self.dense, arm, self.data.train, self.kept)
             row = self.oneshot_row(arm)
             if not self.record.has(row):
-                self.record.add({**row, "value": self.judge(starts[key][0], plain), "pruning": str(starts[key][1])})
+                model, pruning = starts[key]
+                pattern = pattern_of(model, [layer.name for layer in pruning.pruned]) if pruning is not None else {}
+                self.record.add({**row, "value": self.judge(model, plain), **pattern, "pruning": str(pruning)})
         model, pruning = starts[key]
         return self.dense if arm.recomputed else model, pruning
 

@@ -8,6 +8,7 @@ same steps run one after the other.
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ PAD = 4
 TEMPERATURE = 4.0
 STEPS_A_GRAPH = 8
 NEVER = 2**31
+SECONDS_A_SAVE = 60.0
 
 
 class OutOfTimeError(RuntimeError):
-    """Training stopped at the end of an epoch because its time was up; its state was saved."""
+    """Training stopped at the end of an epoch, or did not begin, because its time was up; its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -351,10 +353,15 @@ def capture(members: Sequence[Member], steps: int, pool: Any = None) -> torch.cu
 
 
 class Fleet:
-    """Members that share the length of a recipe, and on a GPU the graphs of their steps."""
+    """Members that share the length of a recipe, and on a GPU the graphs of their steps.
+
+    Attributes:
+        epoch: how many are behind it.
+        seconds: that these took, those of earlier processes included.
+    """
 
     def __init__(self, members: Sequence[Member], steps_a_graph: int = STEPS_A_GRAPH) -> None:
-        self.members, self.steps_a_graph, self.epoch = list(members), steps_a_graph, 0
+        self.members, self.steps_a_graph, self.epoch, self.seconds = list(members), steps_a_graph, 0, 0.0
         self.epochs, self.steps_an_epoch = members[0].recipe.epochs, members[0].steps_an_epoch
         if any((m.recipe.epochs, m.steps_an_epoch) != (self.epochs, self.steps_an_epoch) for m in members):
             raise ValueError("the members of a fleet differ in epochs or steps an epoch, expected the same")
@@ -419,13 +426,15 @@ class Fleet:
         """Write all that training goes on from."""
         state = {
             "epoch": self.epoch,
+            "seconds": self.seconds,
             "about": repr([(m.about, m.recipe) for m in self.members]),
             "tensors": [[t.cpu() for t in m.changed()] for m in self.members],
             "generators": [m.feed.generator.get_state() for m in self.members],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")  # another process may be at the same
+        torch.save(state, aside)
+        aside.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote; call it after `prepare`.
@@ -436,7 +445,7 @@ class Fleet:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["about"] != repr([(m.about, m.recipe) for m in self.members]):
             raise ValueError(f"{path} is of other networks, expected those of this run; remove it")
-        self.epoch = state["epoch"]
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
         with torch.no_grad():
             for member, tensors, generator in zip(self.members, state["tensors"], state["generators"], strict=True):
                 member.feed.generator.set_state(generator)
@@ -460,8 +469,11 @@ def train_together(
 ) -> tuple[float, float]:
     """Train all members, which share a recipe's length, to the end; return the seconds of training and those of preparation.
 
+    The seconds of training are those of all processes that worked on it.
+
     Args:
-        saved: where state is kept when time is up, and gone on from if it is there; removed at the end.
+        saved: where state is kept every minute, when time is up and at the end, and gone on from if it is there; whoever has recorded
+            what came out removes it.
         until: `time.monotonic()` at which no further epoch begins.
 
     Raises:
@@ -470,24 +482,29 @@ def train_together(
         twofour.errors.VerificationError: a held weight moved.
     """
     started = time.monotonic()
+    if started > until:
+        raise OutOfTimeError("time was up before training began")
     fleet = Fleet(members)
     fleet.prepare()
-    prepared = time.monotonic()
+    prepared = last_saved = time.monotonic()
     if saved is not None and saved.exists():
         fleet.load(saved)
-    first = fleet.epoch
+    first, before = fleet.epoch, fleet.seconds
     while fleet.epoch < fleet.epochs:
         now = time.monotonic()
         an_epoch = (now - prepared) / (fleet.epoch - first) if fleet.epoch > first else 0.0
-        if now + an_epoch > until:
-            if saved is not None:
-                fleet.save(saved)
+        is_over = now + an_epoch > until
+        if saved is not None and (is_over or now - last_saved > SECONDS_A_SAVE):
+            fleet.save(saved)
+            last_saved = now
+        if is_over:
             raise OutOfTimeError(f"time is up after epoch {fleet.epoch} of {fleet.epochs}")
         losses = fleet.run_epoch()
+        fleet.seconds = before + time.monotonic() - prepared
         left = (time.monotonic() - prepared) / (fleet.epoch - first) * (fleet.epochs - fleet.epoch)
         say(f"epoch {fleet.epoch}/{fleet.epochs}: mean loss {sum(losses) / len(losses):.4f}, {left:.0f} s left")
+    if saved is not None:
+        fleet.save(saved)
     for member in members:
         member.finish()
-    if saved is not None:
-        saved.unlink(missing_ok=True)
-    return time.monotonic() - prepared, prepared - started
+    return fleet.seconds, prepared - started

@@ -1,5 +1,7 @@
 """Results of accuracy experiments: rows written as soon as they are there, shards of a run, one process a GPU, and their union.
 
+Processes may share a file: each reads it again before it writes, under a lock, so that no row of another is lost.
+
     python evidence/ledger.py results/GPU/accuracy-cifar.json PART…
 
 adds the rows of the parts to the file.
@@ -7,12 +9,14 @@ adds the rows of the parts to the file.
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +24,13 @@ from typing import Any, TypeVar
 
 import torch
 from accuracy_oneshot import sources_digest
+from filelock import FileLock
+from torch import nn
 
 import twofour
+from twofour.errors import VerificationError
 from twofour.files import write_text
+from twofour.pattern import count_groups
 
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -47,6 +55,20 @@ def union(*lists: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
+def with_commands(path: Path) -> list[Row]:
+    """Return the rows of a file, each with the command it came from; in a row that names none it was the file's."""
+    if not path.exists():
+        return []
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return [{"command": value["command"], **row} for row in value["rows"]]
+
+
+def lock_of(out: Path) -> FileLock:
+    """Return the lock of a file of results, kept beside those of other files and not beside the results."""
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"twofour-results-{name}.lock")
+
+
 def write(path: Path, rows: Sequence[Row], command: str) -> None:
     """Write the file aside and rename it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -60,6 +82,21 @@ def write(path: Path, rows: Sequence[Row], command: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({**head, "rows": list(rows)}, indent=1) + "\n")
+
+
+def pattern_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a row says of the weights named, counted group by group in the network as it is.
+
+    Raises:
+        VerificationError: a weight is not 2:4.
+    """
+    weights, total = dict(model.named_parameters()), 0
+    found = {name: count_groups((weights[name].detach() != 0).cpu().numpy()) for name in names}
+    for name, count in found.items():
+        if not count.is_24:
+            raise VerificationError(f"weight {name!r} has {count.obeying} of {count.total} groups 2:4 after training, expected all")
+        total += count.total
+    return {"pattern": "2:4", "layers_24": len(found), "groups_24": total}
 
 
 @dataclass
@@ -83,15 +120,23 @@ class Record:
         i, n = self.shard
         return self.out if n == 1 else part(self.out, i, n)
 
+    def find(self, row: Row) -> Row | None:
+        """Return the row of that key, if it is there."""
+        key = key_of(row)
+        return next((r for r in (*self.earlier, *self.own) if key_of(r) == key), None)
+
     def has(self, row: Row) -> bool:
         """Whether such a row is there."""
-        return key_of(row) in {key_of(r) for r in (*self.earlier, *self.own)}
+        return self.find(row) is not None
 
     def add(self, *rows: Row) -> None:
         """Write further rows at once."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.own += [{**row, "date": now} for row in rows if not self.has(row)]
-        write(self.path, union(self.earlier, self.own) if self.path == self.out else self.own, self.command)
+        self.own += [{**row, "date": now, "command": self.command} for row in rows if not self.has(row)]
+        with lock_of(self.out):
+            if self.path == self.out:
+                self.earlier = with_commands(self.out)
+            write(self.path, union(self.earlier, self.own) if self.path == self.out else self.own, self.command)
 
 
 def best(arms: Mapping[Key, Sequence[float]], controls: Mapping[Key, Sequence[float]]) -> Key:
@@ -107,15 +152,16 @@ def part(out: Path, i: int, n: int) -> Path:
     return out.with_name(f"{out.name}.part{i}of{n}")
 
 
-def merge(out: Path, parts: Sequence[Path]) -> None:
-    """Add the rows of the parts to the file and remove the parts."""
-    present = [path for path in parts if path.exists()]
-    if not present:
-        return
-    command = json.loads(present[0].read_text(encoding="utf-8"))["command"]
-    write(out, union(rows_of(out), *map(rows_of, present)), command)
-    for path in present:
-        path.unlink()
+def merge(out: Path, parts: Sequence[Path] | None = None) -> None:
+    """Add the rows of the parts, of all that lie there where none are named, to the file and remove the parts."""
+    with lock_of(out):
+        present = [path for path in (sorted(out.parent.glob(f"{out.name}.part*of*")) if parts is None else parts) if path.exists()]
+        if not present:
+            return
+        command = json.loads(present[0].read_text(encoding="utf-8"))["command"]
+        write(out, union(with_commands(out), *map(with_commands, present)), command)
+        for path in present:
+            path.unlink()
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, seeds: int) -> None:
@@ -158,9 +204,15 @@ def command_of(script: str, a: argparse.Namespace, shown: Sequence[str]) -> str:
 
 
 def shared_over_gpus(a: argparse.Namespace) -> bool:
-    """If several processes are asked for, run this command once in each, unite their rows and return True."""
+    """If several processes are asked for, run this command once in each, unite their rows and return True.
+
+    What processes of an earlier run left in files of their own is united first, however many they were.
+    """
     num = a.gpus * a.per_gpu
-    if num == 1 or a.shard != (0, 1):
+    if a.shard != (0, 1):
+        return False
+    merge(a.out)
+    if num == 1:
         return False
     processes = []
     for i in range(num):

@@ -3,13 +3,14 @@
 import itertools
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accuracy_oneshot import Block, CifarResNet, load
-from filelock import FileLock
-from fleet import Images, Member, Program, Recipe, train_together
+from filelock import FileLock, Timeout
+from fleet import Images, Member, OutOfTimeError, Program, Recipe, train_together
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -155,18 +156,23 @@ def dense_network(
     recipe = replace(recipe, batch=min(recipe.batch, len(train)))
     kept.mkdir(parents=True, exist_ok=True)
     path = kept / f"{name}-{len(train)}-images-{recipe.epochs}-epochs.safetensors"
-    with FileLock(path.with_suffix(".lock")):
-        seconds = 0.0
-        if not path.exists():
-            torch.manual_seed(0)
-            model = network()
-            member = Member(model, program, train, recipe, seed=0)
-            log.info("%s: dense, %s", name, recipe)
-            say = lambda line: log.info("%s dense %s", name, line)  # noqa: E731
-            seconds = sum(train_together([member], say=say, saved=path.with_suffix(".pt"), until=until))
-            state = {key: value.contiguous().cpu() for key, value in member.model.state_dict().items()}
-            save_file({key: value.half() if value.ndim > 1 else value for key, value in state.items()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        model = network()
-        model.load_state_dict(load_file(path))
+    seconds = 0.0
+    try:
+        # Another process may be training it: this one waits for it no longer than it has time.
+        with FileLock(path.with_suffix(".lock"), timeout=-1 if math.isinf(until) else max(0.0, until - time.monotonic())):
+            if not path.exists():
+                torch.manual_seed(0)
+                model = network()
+                member = Member(model, program, train, recipe, seed=0)
+                log.info("%s: dense, %s", name, recipe)
+                say = lambda line: log.info("%s dense %s", name, line)  # noqa: E731
+                seconds = sum(train_together([member], say=say, saved=path.with_suffix(".pt"), until=until))
+                state = {key: value.contiguous().cpu() for key, value in member.model.state_dict().items()}
+                save_file({key: value.half() if value.ndim > 1 else value for key, value in state.items()}, path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+                path.with_suffix(".pt").unlink(missing_ok=True)
+    except Timeout as error:
+        raise OutOfTimeError("time is up while another process trains the dense network") from error
+    model = network()
+    model.load_state_dict(load_file(path))
     return model, seconds

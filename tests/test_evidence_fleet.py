@@ -124,7 +124,7 @@ def test_a_second_network_of_an_architecture_compiles_nothing(
 
 
 def test_training_goes_on_where_time_ran_out(
-    fleet: ModuleType, images: object, pruned: tuple[nn.Module, twofour.Pruning], tmp_path: Path
+    fleet: ModuleType, images: object, pruned: tuple[nn.Module, twofour.Pruning], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pruning = pruned
     recipe, program = fleet.Recipe(epochs=3, batch=16), fleet.Program(model, compiled=False)
@@ -135,26 +135,44 @@ def test_training_goes_on_where_time_ran_out(
 
     whole, parts = members(), members()
     fleet.train_together(whole, say=lambda line: None)
-    run = fleet.Fleet(parts)
-    run.prepare()
-    run.run_epoch()
-    run.save(tmp_path / "state")
+    saved = tmp_path / "state"
+    monkeypatch.setattr(fleet, "SECONDS_A_SAVE", 0.0)
+
+    def killed(line: str) -> None:
+        if line.startswith("epoch 2/3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.train_together(parts, say=killed, saved=saved)
+    state = torch.load(saved, weights_only=True)
+    assert state["epoch"] == 1
+    said: list[str] = []
     resumed = members()
-    fleet.train_together(resumed, say=lambda line: None, saved=tmp_path / "state")
-    assert not (tmp_path / "state").exists()
-    for one, other in zip(whole, resumed, strict=True):
-        for a, b in zip(one.changed(), other.changed(), strict=True):  # type: ignore[attr-defined]
-            assert torch.equal(a, b)
+    seconds, _ = fleet.train_together(resumed, say=said.append, saved=saved)
+    assert [line.split(":")[0] for line in said] == ["epoch 2/3", "epoch 3/3"]
+    assert seconds > state["seconds"] > 0
+    # Until what came out is recorded it can be had again, without a step.
+    again = members()
+    assert fleet.train_together(again, say=killed, saved=saved)[0] == seconds
+    for one, *others in zip(whole, resumed, again, strict=True):
+        for a, *found in zip(one.changed(), *(other.changed() for other in others), strict=True):  # type: ignore[attr-defined]
+            assert all(torch.equal(a, b) for b in found)
 
 
 def test_time_that_is_up_saves_and_says_so(
-    fleet: ModuleType, images: object, pruned: tuple[nn.Module, twofour.Pruning], tmp_path: Path
+    fleet: ModuleType, images: object, pruned: tuple[nn.Module, twofour.Pruning], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = pruned
     member = fleet.Member(copy.deepcopy(model), fleet.Program(model, compiled=False), images, fleet.Recipe(epochs=3, batch=16), seed=1)
-    with pytest.raises(fleet.OutOfTimeError, match="time is up after epoch 0 of 3"):
+    clock = iter(range(100))
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: float(next(clock)))
+    # Begun at 0, prepared at 1, an epoch at 2; at 5, after it, the next one, of four seconds, would not end by 8.
+    with pytest.raises(fleet.OutOfTimeError, match="time is up after epoch 1 of 3"):
+        fleet.train_together([member], say=lambda line: None, saved=tmp_path / "state", until=8.0)
+    assert torch.load(tmp_path / "state", weights_only=True)["epoch"] == 1
+    monkeypatch.setattr(fleet, "Fleet", None)  # What has no time is not even prepared.
+    with pytest.raises(fleet.OutOfTimeError, match="time was up before training began"):
         fleet.train_together([member], say=lambda line: None, saved=tmp_path / "state", until=0.0)
-    assert (tmp_path / "state").exists()
 
 
 def test_the_branches_of_a_capture_do_not_wait_for_each_other(fleet: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

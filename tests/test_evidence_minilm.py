@@ -47,7 +47,9 @@ def folder(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
         lines = [f"{text}\t{i % 2}" for i, text in enumerate(sentences)]
         (where / "glue-sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
     (where / "mrpc" / "msr-para-train.tsv").write_text("Quality\t1\t2\tone\tother\n1\t1\t2\tdog runs\tthe dog runs", encoding="utf-8-sig")
-    (where / "sick" / "SICK_train.txt").write_text("pair_ID\tA\tB\tscore\tjudgment\n1\tbad film\tgood film\t3\tNEUTRAL")
+    (where / "sick" / "SICK_train.txt").write_text(
+        "pair_ID\tA\tB\tscore\tjudgment\n1\tbad film\tgood film\t3\tNEUTRAL\n2\tA man, BAD.\tvery good\t3\tNEUTRAL"
+    )
     return where
 
 
@@ -56,7 +58,8 @@ def test_sentences_are_read_and_batched_in_order(experiment: ModuleType, folder:
 
     assert sentences.labelled(folder, "dev")[1] == ("a man bad", 1)
     assert sentences.pairs(folder, "dev")[1] == ("a man bad", "the runs bad", 1.0)
-    assert sentences.unlabelled(folder)[-4:] == ["dog runs", "the dog runs", "bad film", "good film"]
+    # The sentences of STS-B's training split are those of its dev and test split here, so none of them is left.
+    assert sentences.unlabelled(folder) == ["dog runs", "the dog runs", "bad film", "good film", "very good"]
     tokens = sentences.Tokens(folder, ["a very very good dog", "bad", "the dog runs"], torch.device("cpu"))
     ids, mask = tokens.batch(torch.tensor([2, 1]), tokens.length([2, 1]))
     assert ids.shape == mask.shape == (2, sentences.LENGTHS[0])
@@ -93,9 +96,37 @@ def test_an_experiment_runs_at_toy_size(
     assert [row["variant"] for row in rows[::2]] == ["dense", "2:4 one-shot, magnitude", "2:4 one-shot, wanda", experiment.CONTROL, "2:4"]
     assert len({row["data"] for row in rows}) == 2
     assert all(-100 <= row["value"] <= 100 for row in rows)
-    monkeypatch.setattr(experiment, "train", None)  # Nothing is left to train.
+    # Six matrices in each of two layers: four of 16×16, 16×32 and 32×16.
+    assert [row.get("groups_24") for row in rows[::2]] == [None, 1024, 1024, None, 1024]
+    # Nothing is left to train, so the dense network is not made again on a machine that has not got it.
+    for name in ("train", "dense_network", "pruned"):
+        monkeypatch.setattr(experiment, name, None)
     experiment.main()
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_no_training_begins_when_time_is_up(experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"accuracy_minilm.py {folder} {tmp_path / 'accuracy.json'} --task sst2 --steps 1 --batch 4 --method wanda --kept {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--minutes", "0"])
+    monkeypatch.setattr(experiment, "Steps", None)
+    with pytest.raises(SystemExit, match="dense: time was up before training began; run the same command again to go on"):
+        experiment.main()
+    with (
+        experiment.FileLock(tmp_path / "minilm-sst2-24-sentences-1-steps.lock"),
+        pytest.raises(SystemExit, match="dense: time is up while another process trains the dense network"),
+    ):
+        experiment.main()
+
+
+def test_a_trial_is_not_taken_for_the_whole(experiment: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "accuracy.json"
+    words = f"accuracy_minilm.py {folder} {out} --task sst2 --steps 1 --batch 4 --seeds 0 --method wanda --kept {tmp_path} --images 8"
+    monkeypatch.setattr(sys, "argv", words.split())
+    experiment.main()
+    assert {row["data"] for row in json.loads(out.read_text())["rows"]} == {
+        "SST-2 held-out training sentences, first 8, of a trial",
+        "SST-2 test (GLUE's dev), first 8, of a trial",
+    }
 
 
 def test_without_labels_the_dense_network_has_nothing_to_learn(experiment: ModuleType, folder: Path) -> None:

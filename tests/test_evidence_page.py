@@ -1,8 +1,12 @@
 """Accuracy evidence: the statistics of the page, the pages are those of the results, and rows survive shards and interruptions."""
 
+import itertools
 import json
 import math
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,10 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 from script_loader import load_script
 from torch import Tensor, nn
+
+from twofour.errors import VerificationError
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,10 +51,17 @@ def test_a_goal_is_reached_by_the_upper_end_of_a_narrow_interval(script: ModuleT
     goal = script.Goal("n", "d", floor=-0.5, aim=-0.1, published=91.0, seeds=3)
     near = lambda mean: script.Paired(tuple(mean + d for d in (-0.05, 0.0, 0.05)))  # noqa: E731 - half-width 0.124
     assert near(0).half == pytest.approx(0.1242, abs=1e-4)
-    outcomes = [script.outcome(goal, near(mean), value) for mean, value in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
+
+    def reached(value: float, dense: float = 91.0) -> list[dict[str, Any]]:
+        return [{"variant": "2:4", "seed": 0, "value": value}, {"variant": "dense", "seed": None, "value": dense}]
+
+    outcomes = [script.outcome(goal, near(mean), reached(at)) for mean, at in ((-0.63, 92), (-0.61, 92), (-0.21, 91), (-0.21, 90.9))]
     assert outcomes == ["missed", "reached", "reached, and the aim", "reached"]
-    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), 92)
-    assert script.outcome(goal, script.Paired((0.0, 0.0)), 92) == "open: 2 of 3 seeds"
+    assert "wider" in script.outcome(goal, script.Paired((-0.5, 0.5, 0.0)), reached(92))
+    assert script.outcome(goal, script.Paired((0.0, 0.0)), reached(92)) == "open: 2 of 3 seeds"
+    (own,) = (g for g in script.GOALS if g.net == "ResNet-18")
+    assert script.outcome(own, near(0), reached(95, 94.9)) == "open: the dense network is below 95"
+    assert script.outcome(own, near(0), reached(95, 95.0)) == "reached, and the aim"
 
 
 @pytest.mark.parametrize("name", ["docs/evidence.md", "docs/recipes.md", "README.md"])
@@ -105,6 +120,10 @@ def test_of_two_recipes_the_one_measured_last_is_shown_not_the_better_on_the_tes
     )
     (recorded / "accuracy-a.json").write_text(json.dumps({**first, "rows": [*first["rows"], *second["rows"][2:]]}))
     assert "| ResNet-20, CIFAR-10 test | 91.73 | 91.85 ± 0.07 | 91.70 ± 0.14 |" in script.short_table()
+    assert script.plot_names(script.measured(script.recorded())) == [
+        "ResNet-20, CIFAR-10 test, lr 0.2, 2 of 10 seeds",
+        "ResNet-20, CIFAR-10 test, lr 0.06, 2 of 10 seeds",
+    ]
     assert {"lr 0.2)", "lr 0.06)"} == {
         line.split("512, ")[1].split(" |")[0] for line in script.summary_table().splitlines() if "512, " in line
     }
@@ -120,6 +139,10 @@ def test_a_recipe_names_where_it_starts_and_what_pruning_alone_leaves(script: Mo
     assert (
         "| ResNet-20 (20 epochs, batch 512, lr 0.2, from alps) | CIFAR-10 test | 91.73 | 71.20 (magnitude), 91.34 (alps) |"
     ) in script.summary_table()
+    stsb = {"steps": 600, "batch": 32, "lr": 1e-4, "distill": 1.0, "labels": 1.0, "unseen": True}
+    assert script.recipe_text(stsb) == "600 steps, batch 32, lr 0.0001, distillation 1, labels 1, no sentence of dev or test"
+    texts = [script.recipe_text(row["recipe"], v) for v in ("2:4", "2:4, permuted", "2:4, wanda", "2:4, masks recomputed", script.CONTROL)]
+    assert [text.split("lr 0.2")[1] for text in texts] == [", from alps", ", from alps", "", "", ""]
     assert script.oneshot_of("2:4, permuted", "alps") == "2:4 one-shot, alps, permuted"
     assert script.oneshot_of("2:4, wanda", "alps") == "2:4 one-shot, wanda"
 
@@ -144,6 +167,57 @@ def test_shards_write_their_own_files_and_their_union_loses_nothing(tmp_path: Pa
     assert [r["value"] for r in ledger.rows_of(out)] == [1.0, 9.0, 2.0, 3.0]
 
 
+def test_two_processes_on_one_file_lose_no_row_and_each_keeps_its_command(script: ModuleType, recorded: Path) -> None:
+    import ledger
+
+    out = recorded / "accuracy.json"
+    row = {"experiment": "e", "net": "n", "data": "d", "variant": "2:4", "recipe": {"lr": 1}, "gpu_seconds": 60.0}
+    # As files were written before rows named their command.
+    ledger.write(out, [{**row, "seed": 9, "value": 0.0}], "python the first")
+    one, other = ledger.Record(out, "python one"), ledger.Record(out, "python other")
+    one.add({**row, "seed": 0, "value": 1.0})
+    other.add({**row, "seed": 1, "value": 2.0})
+    one.add({**row, "seed": 2, "value": 3.0})
+    assert [(r["seed"], r["command"]) for r in ledger.rows_of(out)] == [
+        (9, "python the first"),
+        (0, "python one"),
+        (1, "python other"),
+        (2, "python one"),
+    ]
+    minutes = [tuple(line.split(" | ")[i] for i in (2, 3, 5)) for line in script.runs_table().splitlines()[2:]]
+    assert minutes == [("1.0", "1", "`python the first` |"), ("2.0", "2", "`python one` |"), ("1.0", "1", "`python other` |")]
+
+
+def test_what_several_processes_left_is_found_by_one(tmp_path: Path) -> None:
+    import argparse
+
+    import ledger
+
+    out = tmp_path / "accuracy.json"
+    row = {"experiment": "e", "net": "n", "data": "d", "variant": "2:4", "recipe": {"lr": 1}, "seed": 1, "value": 1.0}
+    ledger.Record(out, "command", (1, 2)).add(row)
+    alone = argparse.Namespace(out=out, gpus=1, per_gpu=1, shard=(0, 1))
+    assert not ledger.shared_over_gpus(alone)
+    assert ledger.Record(out, "command").has(row)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_of_several_processes_one_measures_the_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import run_all
+
+    choices, begun = tmp_path / "kept" / "narrow.json", []
+
+    def measure(command: list[str], **_: Any) -> None:
+        begun.append(command)
+        time.sleep(0.2)
+        choices.write_text("{}")
+
+    monkeypatch.setattr(run_all.subprocess, "run", measure)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: run_all.choose_kernels(choices, {}), range(3)))
+    assert len(begun) == 1
+
+
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +240,19 @@ def folder(tmp_path: Path) -> Path:
         Image.fromarray(sheet).save(where / f"{split}_00.webp", lossless=True, quality=0, method=0)
         np.save(where / f"labels_{split}.npy", rng.integers(0, 10, 2500, dtype=np.uint8))
     return where.parent
+
+
+def judged_but_trained(judge: Callable[..., float]) -> Callable[..., float]:
+    """Return `judge`, stopped as if killed at the second network that was trained."""
+    count = itertools.count()
+
+    def judged(self: Any, model: nn.Module, plain: Tensor) -> float:
+        # The dense network, the one-shot and a trained one.
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return judge(self, model, plain)
+
+    return judged
 
 
 def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
@@ -196,15 +283,27 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
         "2",
     ]
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept"), "--minutes", "0"])
-    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 1; run the same command again to go on"):
+    with pytest.raises(SystemExit, match="Tiny: time was up before training began; run the same command again to go on"):
         accuracy_cifar.main()
     data = arms.Data.of(folder, torch.device("cpu"), held_out=False, num_images=64)
     program = fleet.Program(Tiny(), compiled=False)
+    with (
+        FileLock(tmp_path / "kept" / "Tiny-64-images-1-epochs.lock"),
+        pytest.raises(fleet.OutOfTimeError, match="while another process trains the dense network"),
+    ):
+        networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True, until=0.0)
     networks.dense_network("Tiny", data.train, folder, tmp_path / "kept", program, published=True)
-    with pytest.raises(SystemExit, match="Tiny: time is up after epoch 0 of 2; run the same command again to go on"):
+    with pytest.raises(SystemExit, match="Tiny: time was up before training began; run the same command again to go on"):
         accuracy_cifar.main()
     monkeypatch.setattr(sys, "argv", [*words, "--kept", str(tmp_path / "kept")])
-    accuracy_cifar.main()
+    with monkeypatch.context() as killed:
+        # Killed between the last step and the file of results.
+        killed.setattr(arms.Experiment, "judge", judged_but_trained(arms.Experiment.judge))
+        with pytest.raises(KeyboardInterrupt):
+            accuracy_cifar.main()
+    with monkeypatch.context() as trained:
+        trained.setattr(fleet.Fleet, "run_epoch", None)  # Nothing is left to train, only to judge.
+        accuracy_cifar.main()
     rows = ledger.rows_of(out)
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("dense", None),
@@ -216,9 +315,21 @@ def test_an_experiment_runs_on_a_cpu_and_goes_on_where_it_stopped(
     ]
     assert not list((tmp_path / "kept").glob("*.pt"))
     assert all(0 <= row["value"] <= 100 and row["date"] for row in rows)
-    monkeypatch.setattr(fleet, "Fleet", None)  # Nothing is left to train.
-    accuracy_cifar.main()
+    # Of a trial, so that the whole is not taken for done.
+    assert {row["data"] for row in rows} == {"CIFAR-10 test, first 128, of a trial"}
+    # Of conv1 the three input channels make no group; conv2 is 8×8×3×3.
+    assert [row.get("groups_24") for row in rows] == [None, 144, None, 144, None, 144]
+    dense = tmp_path / "kept" / "Tiny-64-images-1-epochs.safetensors"
+    dense.unlink()
+    with monkeypatch.context() as done:
+        done.setattr(fleet, "Fleet", None)  # Nothing is left to train, so on a machine without the dense network it is not trained either.
+        accuracy_cifar.main()
     assert ledger.rows_of(out) == rows
+    torch.manual_seed(1)
+    save_file(Tiny().state_dict(), dense)
+    monkeypatch.setattr(sys, "argv", [*words, "--seeds", "3", "--kept", str(tmp_path / "kept")])
+    with pytest.raises(SystemExit, match=r"Tiny: the dense network is another than that of the rows in .*accuracy-tiny.json, expected"):
+        accuracy_cifar.main()
     monkeypatch.setattr(script, "ROOT", tmp_path)
     assert "4 |" in script.runs_table()
 
@@ -287,6 +398,19 @@ def test_a_pruned_start_is_calculated_once_and_read_as_it_was(folder: Path, tmp_
         assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
     with pytest.raises(TypeError):  # another network's start is another
         arms.pruned_once(Tiny(), arm, data.train, tmp_path)
+
+
+def test_a_network_that_is_not_two_of_four_is_not_recorded() -> None:
+    import ledger
+
+    model = nn.Sequential(nn.Linear(8, 2), nn.Linear(4, 4))
+    for p in model.parameters():
+        p.data.fill_(1.0)
+    model[0].weight.data[:, ::2] = 0
+    assert ledger.pattern_of(model, ["0.weight"]) == {"pattern": "2:4", "layers_24": 1, "groups_24": 4}
+    model[0].weight.data[1, 0] = 1
+    with pytest.raises(VerificationError, match=r"'0.weight' has 3 of 4 groups 2:4 after training, expected all"):
+        ledger.pattern_of(model, ["0.weight"])
 
 
 def test_masks_that_are_recomputed_stay_two_of_four_and_move(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """scripts/gpu.sh without a GPU: its parts name what exists, its schedule keeps its rules, and parts run, stop and go on."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def test_parts_name_what_exists(parts: ModuleType) -> None:
     assert len(parts.BY_NAME) == len(parts.PARTS)
     for names in parts.BLOCKS.values():
         assert parts.chosen(names.split())
+
+
+def test_the_accuracy_has_all_the_data_it_reads(parts: ModuleType) -> None:
+    files = ("arms", "networks", "sentences")
+    read = {name for file in files for name in re.findall(r'folder / "([\w-]+)"', (ROOT / "evidence" / f"{file}.py").read_text())}
+    assert read == set(parts.BY_NAME["accuracy"].data)
 
 
 def test_every_gpu_test_is_in_a_part(parts: ModuleType) -> None:

@@ -196,7 +196,8 @@ PARTS = [
     Part(
         "accuracy",
         "env NARROW_CHOICES=kept/narrow.json python3 evidence/run_all.py {data} results/{gpu} --kept kept/evidence --minutes {minutes}",
-        540, 560, 8, least=150, after=("narrow",), data=("cifar10", "resnet-cifar10", "minilm", "stsb"), threads=4,
+        540, 560, 8, least=150, after=("narrow",), threads=4,
+        data=("cifar10", "resnet-cifar10", "minilm", "stsb", "glue-sst2", "mrpc", "sick"),
     ),
 ]  # fmt: skip
 BY_NAME = {part.name: part for part in PARTS}
