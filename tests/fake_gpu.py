@@ -2,7 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,21 @@ class FakeGpu:
         self.log: list[str] = []
         self._streams, self._events = 100, 0
         self._capturing: dict[int, list[Callable[[], None]]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._thread = threading.Lock(), threading.local()
 
-    def use(self) -> None: ...
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        before = getattr(self._thread, "is_current", False)
+        self._thread.is_current = True
+        try:
+            yield
+        finally:
+            self._thread.is_current = before
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this thread's work goes to this GPU."""
+        return getattr(self._thread, "is_current", False)
 
     def alloc(self, size: int) -> int:
         memory = ctypes.create_string_buffer(max(size, 16) + 256)
@@ -40,6 +53,7 @@ class FakeGpu:
             del self.held[address]
 
     def stream(self) -> int:
+        assert self.is_current
         with self._lock:
             self._streams += 1
             return self._streams
@@ -48,6 +62,7 @@ class FakeGpu:
         if stream in self._capturing:
             self._capturing[stream].append(work)
         else:
+            assert self.is_current, f"{what} while another GPU is current"
             self.log.append(what)
             work()
 

@@ -110,6 +110,7 @@ def test_a_plan_whose_part_is_no_model_is_refused(path: Path) -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench whose GPU is host memory; `bench.watch.gpu.log` tells what was copied, and how much."""
     gpu = FakeGpu()
+    monkeypatch.setattr(FakeGpu, "is_current", True)  # a stopwatch makes it so
 
     def said(what: str) -> Callable[[int, int, int, int], None]:
         def copied(to: int, source: int, size: int, stream: int) -> None:

@@ -19,6 +19,7 @@ from twofour.runtime.backends.cuda import CudaBackend
 from twofour.runtime.backends.cuda.batches import Chunk, chunks
 from twofour.runtime.backends.cuda.context import Memory, segments
 from twofour.runtime.backends.cuda.dlpack import CUDA, Borrowed, DeviceArray, offer
+from twofour.runtime.backends.cuda.gpu import Gpu
 from twofour.runtime.backends.cuda.inputs import stream_of
 
 RNG = np.random.default_rng(0)
@@ -297,6 +298,59 @@ def test_a_weight_that_another_cusparselt_compressed_is_refused(installed: str) 
         return
     with pytest.raises(PlanFormatError, match="step 'turn' was compressed by cuSPARSELt 800, installed is 810; build the plan again"):
         engine.call([x])
+
+
+class FakeDriver:
+    """Contexts of GPUs as the driver keeps them: that of GPU n is 10 + n, 0 is none."""
+
+    def __init__(self, current: int) -> None:
+        self.current = current
+
+    def cuDeviceGet(self, device: int) -> tuple[int, int]:
+        return 0, device
+
+    def cuDevicePrimaryCtxRetain(self, handle: int) -> tuple[int, int]:
+        return 0, 10 + handle
+
+    def cuCtxGetCurrent(self) -> tuple[int, int]:
+        return 0, self.current
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        self.current = context
+        return (0,)
+
+    def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        return 0, 1000 * self.current
+
+    def cuMemFree(self, address: int) -> tuple[int]:
+        assert address == 1000 * self.current
+        return (0,)
+
+
+@pytest.mark.parametrize("before", [0, 10, 11])
+def test_the_callers_gpu_is_current_again_afterwards(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    driver = FakeDriver(before)
+    for place in ("twofour.jit.driver", "twofour.runtime.backends.cuda.gpu"):
+        monkeypatch.setattr(f"{place}.bindings", lambda: driver)
+    monkeypatch.setattr("twofour.jit.driver.num_sms", lambda device: 132)
+    gpu = Gpu(1)
+    memory = Memory(gpu, 100)
+    assert (memory.address, driver.current) == (11_000, before)
+    with gpu.use():
+        assert driver.current == 11
+    assert driver.current == before
+    del memory
+    gc.collect()
+    assert driver.current == before
+
+
+def test_work_outside_a_call_is_put_on_the_engines_gpu() -> None:
+    engine, x = backend(), images(4)
+    engine.passes(4)(7)
+    assert len(engine.profile([x], 1)) == 4
+    y = engine.call([OnFakeGpu(x)])
+    assert np.array_equal(y.numpy(), expected(x).astype(np.float32))
+    assert not engine.gpu.is_current
 
 
 def test_freed_memory_is_freed_once() -> None:

@@ -37,9 +37,10 @@ class Passes:
 
     def __call__(self, stream: int) -> None:
         """Put one pass on `stream`."""
-        self._context.order(stream)
-        self._context.run(self._prepared, self._inputs[self._next], self._outputs[self._next], stream)
-        self._context.mark(stream)
+        with self._context.gpu.use():
+            self._context.order(stream)
+            self._context.run(self._prepared, self._inputs[self._next], self._outputs[self._next], stream)
+            self._context.mark(stream)
         self._next = (self._next + 1) % len(self._inputs)
 
 
@@ -78,7 +79,8 @@ class CudaBackend:
         self._cudnn: Any = None
         self._threads = threading.local()
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._weights = self._upload()
+        with gpu.use():
+            self._weights = self._upload()
 
     def _refuse_other_sources(self) -> None:
         installed = sources_digests()
@@ -95,7 +97,6 @@ class CudaBackend:
         for name in names:
             offsets[name] = end
             end += -(-self.plan.payload[name].nbytes // ALIGN) * ALIGN
-        self.gpu.use()
         self._weight_memory = Memory(self.gpu, end)
         stream = self.gpu.stream()
         for name in names:
@@ -150,11 +151,10 @@ class CudaBackend:
 
     def prepared(self, batch: int) -> Prepared:
         """Return the program of a batch size with its steps made callable, on first use."""
-        with self._lock:
+        with self._lock, self.gpu.use():
             found = self._prepared.get(batch)
             if found is None:
                 program = self._programs[batch]
-                self.gpu.use()
                 calls = [self._launchable(program, step) for step in program.steps]
                 found = self._prepared[batch] = Prepared(program, calls, segments(program), input_aligns(program))
             return found
@@ -189,8 +189,13 @@ class CudaBackend:
         if len(inputs) != len(specs):
             number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
             raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
-        self.gpu.use()
-        context = self.context()
+        with self.gpu.use():
+            finished = self._on_gpu(inputs, stream)
+        return finished[0] if len(finished) == 1 else tuple(finished)
+
+    def _on_gpu(self, inputs: Sequence[Any], stream: Any) -> list[Any]:
+        """As `call`, every output, on the GPU that is current."""
+        specs, context = self.plan.inputs, self.context()
         where = self._stream(inputs[0], stream, context)
         given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
         items = self._items(given_inputs)
@@ -200,8 +205,7 @@ class CudaBackend:
         for chunk in chunks(items, sorted(self._programs)):
             self._run_chunk(context, chunk, given_inputs, results, where)
         context.mark(where)
-        finished = self._finish(inputs[0], given_inputs, results, where)
-        return finished[0] if len(finished) == 1 else tuple(finished)
+        return self._finish(inputs[0], given_inputs, results, where)
 
     def run(self, inputs: list[Array]) -> list[Array]:
         """Return the outputs of NumPy arrays as NumPy arrays."""
@@ -210,6 +214,11 @@ class CudaBackend:
 
     def profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
         """Return (node, family and library, median microseconds of single launches), slowest first; the batch must be one of the plan's."""
+        with self.gpu.use():
+            return self._profile(inputs, num_runs)
+
+    def _profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
+        """As `profile`, on the GPU that is current."""
         found = [given(value, spec, self.gpu.device, 0) for value, spec in zip(inputs, self.plan.inputs, strict=True)]
         items = self._items(found)
         if items not in self._programs:
@@ -233,8 +242,12 @@ class CudaBackend:
         """
         if batch not in self._programs:
             raise InputError(f"engine: batch {batch} was asked for, the plan was built for {sorted(self._programs)}")
+        with self.gpu.use():
+            return self._passes(batch, sets, seed)
+
+    def _passes(self, batch: int, sets: int, seed: int) -> Passes:
+        """As `passes`, on the GPU that is current."""
         rng = np.random.default_rng(seed)
-        self.gpu.use()
         context, prepared = self.context(), self.prepared(batch)
         context.order(context.stream)
         inputs: list[list[int]] = []

@@ -88,7 +88,6 @@ class Context:
     def __init__(self, gpu: Any, weights: Mapping[str, int], arena_bytes: int, workspace_bytes: int) -> None:
         """Allocate `arena_bytes` of activations and the workspace; `weights` gives the address of each payload tensor."""
         self.gpu, self._weights = gpu, weights
-        gpu.use()
         self.stream: int = gpu.stream()
         self.done = gpu.event()
         self._last_stream: int | None = None
