@@ -22,6 +22,7 @@ class FakeGpu:
         self.device, self.num_sms = device, 132
         self.held: dict[int, Any] = {}
         self.log: list[str] = []
+        self.ends: list[str] = []  # what was waited for or marked
         self._streams, self._events = 100, 0
         self._capturing: dict[int, list[Callable[[], None]]] = {}
         self._lock, self._thread = threading.Lock(), threading.local()
@@ -67,6 +68,7 @@ class FakeGpu:
             work()
 
     def synchronize(self, stream: int) -> None:
+        self.ends.append(f"finish {stream}")
         assert stream not in self._capturing, "a capture cannot wait"
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
@@ -81,7 +83,8 @@ class FakeGpu:
         self._events += 1
         return self._events
 
-    def record(self, event: int, stream: int) -> None: ...
+    def record(self, event: int, stream: int) -> None:
+        self.ends.append(f"record {stream}")
 
     def wait(self, stream: int, event: int) -> None:
         self.log.append(f"wait on {stream}")

@@ -4,6 +4,8 @@ import ctypes
 import dataclasses
 import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch
 from fake_gpu import FakeGpu
 from plan_samples import CHANNELS, SIDE, expected, plan, program
 
-from twofour.errors import InputError, PlanFormatError
-from twofour.plan import Plan
+from twofour.errors import InputError, PlanFormatError, UnsupportedError
+from twofour.plan import Plan, ValueSpec
 from twofour.runtime.backends.cuda import CudaBackend
 from twofour.runtime.backends.cuda.batches import Chunk, chunks
 from twofour.runtime.backends.cuda.context import Memory, segments
@@ -351,6 +353,100 @@ def test_work_outside_a_call_is_put_on_the_engines_gpu() -> None:
     y = engine.call([OnFakeGpu(x)])
     assert np.array_equal(y.numpy(), expected(x).astype(np.float32))
     assert not engine.gpu.is_current
+
+
+class OnTorchsGpu(torch.Tensor):
+    """A torch tensor whose host memory plays that of GPU 0; it tells on which of torch's streams it is copied and used."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cpu", 0)  # type: ignore[assignment]
+
+    def contiguous(self) -> torch.Tensor:  # type: ignore[override]
+        if not self.is_contiguous():
+            TOLD.append(("copied", torch.cuda.current_stream(0).cuda_stream))
+        return super().contiguous()
+
+
+OnTorchsGpu.__module__ = "torch"
+TOLD: list[tuple[str, int]] = []
+
+
+@pytest.fixture
+def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` is empty."""
+    entered = [SimpleNamespace(cuda_stream=5)]
+
+    @contextmanager
+    def entering(stream: Any) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
+    def empty(*args: Any, **options: Any) -> torch.Tensor:
+        TOLD.append(("made", entered[-1].cuda_stream))
+        return made(*args, **options).as_subclass(OnTorchsGpu)
+
+    made = torch.empty
+    TOLD.clear()
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered[-1])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda at, device: SimpleNamespace(cuda_stream=at or 99))
+    monkeypatch.setattr(torch.cuda, "stream", entering)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: TOLD.append((f"used {tensor.ndim}", stream.cuda_stream)))
+    return entered
+
+
+@pytest.mark.parametrize("stream", [0, 7])
+def test_torch_copies_and_allocates_in_the_order_of_the_stream_that_is_given(stream: int, torchs_streams: list[Any]) -> None:
+    array = images(4)
+    x = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 2, 3, 1))).as_subclass(OnTorchsGpu).permute(0, 3, 1, 2)
+    y = backend().call([x], stream)
+    assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
+    assert [("copied", stream), ("made", stream), ("used 4", stream), ("used 2", 5)] == TOLD
+    TOLD.clear()
+    backend().call([x])
+    assert TOLD == [("copied", 5), ("made", 5)]
+    assert len(torchs_streams) == 1
+
+
+def two_inputs() -> Plan:
+    """The plan with a second input, which no step reads."""
+    return dataclasses.replace(plan(), inputs=(*plan().inputs, ValueSpec("z", "float32", (None, 2))))
+
+
+def test_a_call_with_host_memory_or_borrowed_memory_among_its_inputs_waits(torchs_streams: list[Any]) -> None:
+    engine, array, z = backend(two_inputs()), images(4), np.ones((4, 2), np.float32)
+    x = torch.from_numpy(array).as_subclass(OnTorchsGpu)
+    for second in (z, OnFakeGpu(z), torch.from_numpy(z)):
+        engine.gpu.ends.clear()
+        y = engine.call([x, second])
+        assert engine.gpu.ends[-1] == "finish 5"
+        assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
+    engine.gpu.ends.clear()
+    engine.call([x, torch.from_numpy(z).as_subclass(OnTorchsGpu)])
+    assert "finish 5" not in engine.gpu.ends
+
+
+def test_a_torch_tensor_that_comes_second_is_read_in_the_order_of_its_stream(torchs_streams: list[Any]) -> None:
+    engine, array = backend(two_inputs()), images(4)
+    y = engine.call([array, torch.ones(4, 2).as_subclass(OnTorchsGpu)])
+    assert np.array_equal(y, expected(array).astype(np.float32))
+    assert engine.gpu.ends[-2:] == ["record 5", "finish 5"]
+
+
+def test_after_a_call_that_failed_another_stream_still_waits() -> None:
+    engine, x = backend(), OnFakeGpu(images(4))
+    engine.call([x], 7)
+    engine.gpu.ends.clear()
+
+    def fail(graph: Any, stream: int) -> None:
+        raise UnsupportedError("launching a graph failed")
+
+    engine.gpu.launch_graph = fail
+    with pytest.raises(UnsupportedError, match="launching a graph failed"):
+        engine.call([x], 7)
+    assert engine.gpu.ends == ["record 7"]
 
 
 def test_freed_memory_is_freed_once() -> None:

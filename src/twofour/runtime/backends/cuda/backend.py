@@ -5,6 +5,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -196,15 +197,28 @@ class CudaBackend:
     def _on_gpu(self, inputs: Sequence[Any], stream: Any) -> list[Any]:
         """As `call`, every output, on the GPU that is current."""
         specs, context = self.plan.inputs, self.context()
-        where = self._stream(inputs[0], stream, context)
-        given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
-        items = self._items(given_inputs)
-        self._refuse_parts(items)
-        context.order(where)
-        results = self._results(inputs[0], items, given_inputs[0].address is None)
-        for chunk in chunks(items, sorted(self._programs)):
-            self._run_chunk(context, chunk, given_inputs, results, where)
-        context.mark(where)
+        theirs = self._torch_stream(inputs)
+        where = stream_of(stream) if stream is not None else context.stream if theirs is None else int(theirs.cuda_stream)
+        other = None if theirs is None or int(theirs.cuda_stream) == where else self._as_torch(where)
+        # Torch copies inputs and finds memory for outputs in the order of the stream that is current.
+        with nullcontext() if other is None else sys.modules["torch"].cuda.stream(other):
+            given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
+            items = self._items(given_inputs)
+            self._refuse_parts(items)
+            results = self._results(inputs[0], items, given_inputs[0].address is None)
+            context.order(where)
+            try:
+                for chunk in chunks(items, sorted(self._programs)):
+                    self._run_chunk(context, chunk, given_inputs, results, where)
+            finally:
+                # Of a call that fails on its way, the next one on another stream waits for what was put.
+                context.mark(where)
+        if other is not None:
+            # The allocator must not reuse inputs before the engine's stream is done with them, nor outputs before the caller's is.
+            for tensors, reader in (([g.alive for g in given_inputs], other), (results, theirs)):
+                for tensor in tensors:
+                    if is_torch(tensor):
+                        tensor.record_stream(reader)
         return self._finish(inputs[0], given_inputs, results, where)
 
     def run(self, inputs: list[Array]) -> list[Array]:
@@ -266,12 +280,16 @@ class CudaBackend:
                 self.gpu.synchronize(context.stream)
         return Passes(context, prepared, inputs, outputs, alive)
 
-    def _stream(self, first: Any, stream: Any, context: Context) -> int:
-        if stream is not None:
-            return stream_of(stream)
-        if is_torch(first) and first.is_cuda:
-            return int(sys.modules["torch"].cuda.current_stream(self.gpu.device).cuda_stream)
-        return context.stream
+    def _torch_stream(self, inputs: Sequence[Any]) -> Any:
+        """Torch's current stream where an input is a torch tensor on a GPU, which may still be made there; else None."""
+        if not any(is_torch(value) and value.is_cuda for value in inputs):
+            return None
+        return sys.modules["torch"].cuda.current_stream(self.gpu.device)
+
+    def _as_torch(self, stream: int) -> Any:
+        """A stream as torch's object. NOTE: of address 0 torch makes a new stream instead of the default one, whose other address is 1."""
+        cuda = sys.modules["torch"].cuda
+        return cuda.ExternalStream(stream, device=self.gpu.device) if stream > 1 else cuda.default_stream(self.gpu.device)
 
     def _items(self, inputs: Sequence[Given]) -> int:
         found: set[int] = {g.shape[0] for g, spec in zip(inputs, self.plan.inputs, strict=True) if spec.shape and spec.shape[0] is None}
@@ -354,16 +372,11 @@ class CudaBackend:
             move(target, buffer, size, stream)
 
     def _finish(self, first: Any, found: Sequence[Given], results: list[Any], stream: int) -> list[Any]:
-        if found[0].address is None or not is_torch(first):
+        if not all(is_torch(g.alive) for g in found):
             # What was borrowed goes back, and host memory is read, only once the GPU is done.
             self.gpu.synchronize(stream)
-            return [sys.modules["torch"].from_numpy(r) for r in results] if is_torch(first) else results
-        torch = sys.modules["torch"]
-        if stream != int(torch.cuda.current_stream(first.device).cuda_stream):
-            # The allocator must not reuse this memory before the other stream is done with it.
-            for tensor in (*(g.alive for g in found if is_torch(g.alive)), *results):
-                tensor.record_stream(torch.cuda.ExternalStream(stream, device=first.device))
-        return results
+        on_host = found[0].address is None and is_torch(first)
+        return [sys.modules["torch"].from_numpy(result) for result in results] if on_host else results
 
 
 def address_of(result: Any) -> int:
