@@ -21,6 +21,7 @@ class FakeGpu:
     def __init__(self, device: int = 0) -> None:
         self.device, self.num_sms = device, 132
         self.held: dict[int, Any] = {}
+        self.handles: set[int] = set()  # streams, and events as negative numbers
         self.log: list[str] = []
         self.ends: list[str] = []  # what was waited for or marked
         self._streams, self._events = 100, 0
@@ -57,7 +58,12 @@ class FakeGpu:
         assert self.is_current
         with self._lock:
             self._streams += 1
+            self.handles.add(self._streams)
             return self._streams
+
+    def free_stream(self, stream: int) -> None:
+        assert self.is_current
+        self.handles.remove(stream)
 
     def enqueue(self, what: str, work: Callable[[], None], stream: int) -> None:
         if stream in self._capturing:
@@ -80,8 +86,16 @@ class FakeGpu:
         self.enqueue("zero", lambda: ctypes.memset(address, 0, size) and None, stream)
 
     def event(self) -> int:
-        self._events += 1
-        return self._events
+        with self._lock:
+            self._events += 1
+            self.handles.add(-self._events)
+            return self._events
+
+    def wait_for(self, event: int) -> None:
+        self.ends.append(f"wait for {event}")
+
+    def free_event(self, event: int) -> None:
+        self.handles.remove(-event)
 
     def record(self, event: int, stream: int) -> None:
         self.ends.append(f"record {stream}")

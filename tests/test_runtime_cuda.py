@@ -196,6 +196,25 @@ def test_threads_have_contexts_of_their_own_and_agree() -> None:
     gc.collect()
     # The threads are gone and their contexts with them: only the weights are left.
     assert len(engine.gpu.held) == 1
+    assert not engine.gpu.handles
+
+
+def test_an_engine_goes_once_its_last_pass_is_done() -> None:
+    engine = backend()
+    gpu, one_pass = engine.gpu, engine.passes(4)
+    engine.profile([images(4)], 2)
+    engine.call([OnFakeGpu(images(4))], 7)
+    del engine
+    gc.collect()
+    one_pass(8)  # its weights are still there
+    gpu.ends.clear()
+    freed = gpu.free
+    gpu.free = lambda address: (gpu.ends.append("free"), freed(address))
+    del one_pass
+    gc.collect()
+    assert gpu.ends[0].startswith("wait for")
+    assert set(gpu.ends[1:]) == {"free"}
+    assert (gpu.held, gpu.handles) == ({}, set())
 
 
 def test_memory_does_not_grow_with_changing_batches() -> None:

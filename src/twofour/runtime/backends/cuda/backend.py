@@ -104,6 +104,7 @@ class CudaBackend:
             array = np.ascontiguousarray(self.plan.payload[name])
             self.gpu.upload(self._weight_memory.address + offsets[name], array.ctypes.data, array.nbytes, stream)
             self.gpu.synchronize(stream)
+        self.gpu.free_stream(stream)
         return {name: self._weight_memory.address + offset for name, offset in offsets.items()}
 
     def _handle(self) -> Any:
@@ -166,7 +167,7 @@ class CudaBackend:
         if found is None:
             arena = max(p.arena_bytes for p in self.plan.programs)
             workspace = max(p.workspace_bytes for p in self.plan.programs)
-            found = self._threads.context = Context(self.gpu, self._weights, arena, workspace)
+            found = self._threads.context = Context(self.gpu, self._weights, self._weight_memory, arena, workspace)
             with self._lock:
                 self._contexts.add(found)
         return found

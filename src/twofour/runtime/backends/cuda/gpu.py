@@ -42,6 +42,10 @@ class Gpu:
         """Return a new stream that does not wait for the default one."""
         return int(check(bindings().cuStreamCreate(1), "making a stream"))
 
+    def free_stream(self, stream: int) -> None:
+        """Free a stream; what it still has to do is done."""
+        check(bindings().cuStreamDestroy(stream), "freeing a stream")
+
     def synchronize(self, stream: int) -> None:
         """Wait until a stream's work is done."""
         check(bindings().cuStreamSynchronize(stream), "waiting for the GPU")
@@ -73,6 +77,14 @@ class Gpu:
     def wait(self, stream: int, event: Any) -> None:
         """Let a stream wait for marked work."""
         check(bindings().cuStreamWaitEvent(stream, event, 0), "ordering two streams")
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until marked work is done; nothing where there is none."""
+        check(bindings().cuEventSynchronize(event), "waiting for the GPU")
+
+    def free_event(self, event: Any) -> None:
+        """Free an event."""
+        check(bindings().cuEventDestroy(event), "freeing an event")
 
     def elapsed_us(self, begin: Any, end: Any) -> float:
         """Return microseconds between two events that have passed."""
