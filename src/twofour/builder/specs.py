@@ -1,5 +1,7 @@
 """What goes into and comes out of a graph, as a plan says it."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from twofour.errors import InputError, UnsupportedError
@@ -23,3 +25,17 @@ def spec_of(value: ir.Value, where: str) -> ValueSpec:
                 "only the batch (axis 0) may be dynamic"
             )
     return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))
+
+
+def refuse_other_shapes(outputs: Sequence[ValueSpec], computed: Sequence[tuple[int, ...]], batch: int) -> None:
+    """Do nothing if a network gives outputs of the shapes that its file declares.
+
+    Raises:
+        InputError: it does not; the caller would read what was never written.
+    """
+    for spec, shape in zip(outputs, computed, strict=True):
+        if tuple(batch if size is None else size for size in spec.shape) != shape:
+            raise InputError(
+                f"build: the model declares the output {printable(str(spec))} and computes {list(shape)} of a batch of {batch}; "
+                "correct the declared shape, or export it again"
+            )

@@ -301,17 +301,17 @@ class CudaBackend:
         return int(found.pop() if found else next(iter(self._programs)))
 
     def _refuse_parts(self, items: int) -> None:
-        """Do nothing if the items run as one whole batch, or every output has a part for each item.
+        """Do nothing if the items run as one whole batch, or each is computed by itself and has a part of every output.
 
         Raises:
-            InputError: an output is of the batch as a whole, so that neither parts of a batch nor padding give it.
+            InputError: neither parts of a batch nor padding give the outputs.
         """
-        whole = [spec.name for spec in self.plan.outputs if not spec.shape or spec.shape[0] is not None]
+        whole = [f"output {spec.name!r} is of the whole batch" for spec in self.plan.outputs if not spec.shape or spec.shape[0] is not None]
+        whole += [self.plan.whole] if self.plan.whole else []
         batched = any(spec.shape and spec.shape[0] is None for spec in self.plan.inputs)
         if whole and batched and items not in self._programs:
             raise InputError(
-                f"engine: batch {items} was given, and output {whole[0]!r} is of the whole batch, "
-                f"expected one of {sorted(self._programs)}; build the plan for that size"
+                f"engine: batch {items} was given, and {whole[0]}, expected one of {sorted(self._programs)}; build the plan for that size"
             )
 
     @staticmethod
