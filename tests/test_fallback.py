@@ -235,7 +235,7 @@ def test_a_build_and_a_measured_gain_count_the_fallbacks(path: Path, bench: Benc
     assert dense == sparse, "the CPU's part is the same in both, and timed once"
 
 
-def test_a_build_refuses_outputs_of_other_shapes_and_knows_items_that_depend_on_each_other(
+def test_a_build_reads_halves_refuses_outputs_of_other_shapes_and_knows_items_that_depend_on_each_other(
     tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import twofour.report.gpu  # noqa: F401 - as above
@@ -250,6 +250,11 @@ def test_a_build_refuses_outputs_of_other_shapes_and_knows_items_that_depend_on_
     model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
     onnx.save(model, tmp_path / "net.onnx")
     assert build(tmp_path / "net.onnx", batch=4, device="cuda").whole == "the network computes an item of a batch from the others too"
+    half = text_model("float16[N,8] x", "y = MatMul(x, w)", "float16[N,8] y", w=np.eye(8, dtype=np.float16))
+    half.graph.output[0].type.CopyFrom(half.graph.input[0].type)
+    onnx.save(half, tmp_path / "half.onnx")
+    made = build(tmp_path / "half.onnx", batch=4, device="cuda")
+    assert (str(made.inputs[0]), str(made.outputs[0]), made.whole) == ("x float32[batch, 8]", "y float32[batch, 8]", "")
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 16
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(InputError, match=r"declares the output y float32\[batch, 16\] and computes \[4, 8\] of a batch of 4"):

@@ -17,7 +17,7 @@ from twofour.builder.items import why_whole
 from twofour.builder.lower import Front, Lowered
 from twofour.builder.memory import MemoryPlan, plan_memory
 from twofour.builder.record import BuildRecord, Timed, build_record
-from twofour.builder.specs import refuse_other_shapes, spec_of
+from twofour.builder.specs import in_fp32, refuse_other_shapes, spec_of
 from twofour.builder.tactics.bench import Bench, upload
 from twofour.builder.tactics.chosen import Chosen, choose_all
 from twofour.builder.tactics.hosted import time_fallbacks
@@ -92,8 +92,9 @@ def build_gpu(
     ready = prepare(path, batches, precision, fallback)
     require_gpu(device)
     model = parse_onnx_file(path)
-    inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
-    outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    file_inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
+    file_outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    inputs, outputs = (tuple(in_fp32(spec) for spec in specs) for specs in (file_inputs, file_outputs))
     for lowered in ready.lowered:
         refuse_other_shapes(outputs, [lowered.places[name].shape for name in lowered.output_values], lowered.batch)
     bench = Bench(Stopwatch(device), device)
@@ -139,7 +140,7 @@ def build_gpu(
         tuple(programs),
         sources_digests(),
         needs,
-        why_whole(path, inputs, outputs),
+        why_whole(path, file_inputs, file_outputs),
     )
 
 

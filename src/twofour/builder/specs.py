@@ -1,6 +1,7 @@
 """What goes into and comes out of a graph, as a plan says it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -25,6 +26,11 @@ def spec_of(value: ir.Value, where: str) -> ValueSpec:
                 "only the batch (axis 0) may be dynamic"
             )
     return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))
+
+
+def in_fp32(spec: ValueSpec) -> ValueSpec:
+    """Return the spec as the GPU engine has it: import makes every floating value fp32, whatever the file holds."""
+    return replace(spec, dtype="float32") if spec.dtype in ("float16", "bfloat16", "float64") else spec
 
 
 def refuse_other_shapes(outputs: Sequence[ValueSpec], computed: Sequence[tuple[int, ...]], batch: int) -> None:
