@@ -25,6 +25,8 @@ def spec_of(value: ir.Value, where: str) -> ValueSpec:
                 f"build: {where} {value.name!r} has the dynamic axis {axis} ({printable(str(size))}); "
                 "only the batch (axis 0) may be dynamic"
             )
+    if 0 in shape:
+        raise InputError(f"build: {where} {value.name!r} is empty, its shape is {shape}; export the model with real sizes")
     return ValueSpec(str(value.name), str(value.dtype.numpy()), tuple(shape))
 
 
