@@ -15,7 +15,7 @@ from twofour.errors import InputError
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.plan import Plan, ValueSpec
 
-MIXED = "the network computes an item of a batch from the others too"
+MIXED = "the network computes an item of a batch from the others too, or from their number"
 WEIGHT = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
 
 
@@ -40,6 +40,7 @@ def written(body: str, *, batch: str = "N", out: str = "float[N,4] y") -> onnx.M
         ("b = ReduceMean(a) y = Relu(b)", MIXED),  # of all: fewer items than there were
         ("m = ReduceMean(a, axis) y = Sub(a, m)", MIXED),
         ("y = Softmax<axis = 0>(a)", MIXED),
+        ("n = Shape<end = 1>(x) f = Cast<to = 1>(n) y = Mul(a, f)", MIXED),  # the same in every batch of one size
         ("b = Reshape(a, turned) c = Softmax<axis = 1>(b) y = Reshape(c, back)", MIXED),
         ("b = Reshape(a, turned) c = Relu(b) y = Reshape(c, back)", ""),
         ("z = Constant<value_int = 0>() y = CumSum(a, z)", MIXED),
