@@ -2,7 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,26 @@ class FakeGpu:
     def __init__(self, device: int = 0) -> None:
         self.device, self.num_sms = device, 132
         self.held: dict[int, Any] = {}
+        self.handles: set[int] = set()  # streams, and events as negative numbers
         self.log: list[str] = []
+        self.ends: list[str] = []  # what was waited for or marked
         self._streams, self._events = 100, 0
         self._capturing: dict[int, list[Callable[[], None]]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._thread = threading.Lock(), threading.local()
 
-    def use(self) -> None: ...
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        before = getattr(self._thread, "is_current", False)
+        self._thread.is_current = True
+        try:
+            yield
+        finally:
+            self._thread.is_current = before
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this thread's work goes to this GPU."""
+        return getattr(self._thread, "is_current", False)
 
     def alloc(self, size: int) -> int:
         memory = ctypes.create_string_buffer(max(size, 16) + 256)
@@ -40,18 +55,26 @@ class FakeGpu:
             del self.held[address]
 
     def stream(self) -> int:
+        assert self.is_current
         with self._lock:
             self._streams += 1
+            self.handles.add(self._streams)
             return self._streams
+
+    def free_stream(self, stream: int) -> None:
+        assert self.is_current
+        self.handles.remove(stream)
 
     def enqueue(self, what: str, work: Callable[[], None], stream: int) -> None:
         if stream in self._capturing:
             self._capturing[stream].append(work)
         else:
+            assert self.is_current, f"{what} while another GPU is current"
             self.log.append(what)
             work()
 
     def synchronize(self, stream: int) -> None:
+        self.ends.append(f"finish {stream}")
         assert stream not in self._capturing, "a capture cannot wait"
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
@@ -63,10 +86,19 @@ class FakeGpu:
         self.enqueue("zero", lambda: ctypes.memset(address, 0, size) and None, stream)
 
     def event(self) -> int:
-        self._events += 1
-        return self._events
+        with self._lock:
+            self._events += 1
+            self.handles.add(-self._events)
+            return self._events
 
-    def record(self, event: int, stream: int) -> None: ...
+    def wait_for(self, event: int) -> None:
+        self.ends.append(f"wait for {event}")
+
+    def free_event(self, event: int) -> None:
+        self.handles.remove(-event)
+
+    def record(self, event: int, stream: int) -> None:
+        self.ends.append(f"record {stream}")
 
     def wait(self, stream: int, event: int) -> None:
         self.log.append(f"wait on {stream}")

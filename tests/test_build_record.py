@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
 
 def test_the_command_prints_every_batch_size_and_writes_its_page(tmp_path: Path, record: BuildRecord) -> None:
     about = {"builds": [record.to_json(), {**record.to_json(), "batch": 9}], "sparse_kernels": True, "note": "the accuracy is gone"}
-    made = SimpleNamespace(about=about, save=lambda path: Path(path).write_text("plan"), __str__=lambda: "plan")
+    made = SimpleNamespace(about=about, whole="", save=lambda path: Path(path).write_text("plan"), __str__=lambda: "plan")
     arguments = ["build", "net.onnx", "-o", str(tmp_path / "net.plan"), "--device", "cuda", "--precision", "fp16"]
     with patch("twofour.builder.build", return_value=made):
         result = CliRunner().invoke(command_line, [*arguments, "--report", str(tmp_path / "page.html")], catch_exceptions=False)
@@ -228,7 +228,7 @@ def test_the_command_prints_every_batch_size_and_writes_its_page(tmp_path: Path,
 
 def test_a_build_prints_its_report_as_json(tmp_path: Path, record: BuildRecord) -> None:
     about = {"builds": [record.to_json()], "sparse_kernels": True, "note": "the accuracy is gone"}
-    made = SimpleNamespace(about=about, save=lambda path: None)
+    made = SimpleNamespace(about=about, whole="", save=lambda path: None)
     arguments = ["build", "net.onnx", "-o", str(tmp_path / "p"), "--device", "cuda", "--json"]
     with patch("twofour.builder.build", return_value=made):
         result = CliRunner().invoke(command_line, arguments, catch_exceptions=False)

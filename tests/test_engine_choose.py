@@ -135,6 +135,24 @@ def test_choices_are_remembered_for_this_machine_only(tmp_path: Path, no_gpu: li
     assert "was made on another machine or by other versions and is measured anew" in caplog.text
 
 
+def test_two_builds_with_one_cache_keep_what_both_found(tmp_path: Path) -> None:
+    cache = tmp_path / "timings.json"
+
+    def another_build(way: Way) -> float:
+        if not cache_has(1):
+            run(FakeBench(lambda way: 1.0), linear(outputs=512), cache=cache)
+        return 1.0
+
+    def cache_has(entries: int) -> bool:
+        return len(json.loads(cache.read_text())["entries"]) >= entries
+
+    run(FakeBench(another_build), linear(), cache=cache)  # type: ignore[arg-type]
+    assert cache_has(2)
+    bench = FakeBench(lambda way: 1.0)
+    run(bench, linear(), linear(outputs=512), cache=cache)
+    assert bench.asked == 0
+
+
 def test_a_damaged_choice_is_measured_anew_and_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "timings.json"
     run(FakeBench(lambda way: 1.0), linear(), cache=path)

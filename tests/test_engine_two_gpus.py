@@ -1,5 +1,6 @@
 """Engines on two GPUs of one process (`pytest -m gpu`)."""
 
+import gc
 import threading
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def test_a_plan_built_on_one_runs_on_the_other_to_the_bit(name: str, tmp_path: P
     assert torch.equal(first.cpu(), second.cpu())
     assert first.isfinite().all()
     assert first.any()
+
+
+def test_the_callers_gpu_stays_current() -> None:
+    with torch.cuda.device(0):
+        engine = twofour.load(plan(), device=1)
+        y = engine(images(4, 1))
+        assert (torch.cuda.current_device(), torch.ones(1, device="cuda").device.index) == (0, 0)
+        del engine, y
+        gc.collect()
+        assert torch.cuda.current_device() == 0
 
 
 def test_memory_of_the_other_gpu_is_one_sentence() -> None:

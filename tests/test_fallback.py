@@ -32,7 +32,7 @@ from twofour.builder.storage import Place
 from twofour.builder.tactics.bench import Bench
 from twofour.builder.tactics.hosted import LEAST, random_array, time_fallbacks
 from twofour.cli.tables import print_build
-from twofour.errors import PlanFormatError, UnsupportedError
+from twofour.errors import InputError, PlanFormatError, UnsupportedError
 from twofour.exchange.inspect import parse_onnx_file
 from twofour.kernels.host_part import NUMPY, HostPart
 from twofour.plan import Plan
@@ -110,6 +110,7 @@ def test_a_plan_whose_part_is_no_model_is_refused(path: Path) -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench whose GPU is host memory; `bench.watch.gpu.log` tells what was copied, and how much."""
     gpu = FakeGpu()
+    monkeypatch.setattr(FakeGpu, "is_current", True)  # a stopwatch makes it so
 
     def said(what: str) -> Callable[[int, int, int, int], None]:
         def copied(to: int, source: int, size: int, stream: int) -> None:
@@ -221,6 +222,7 @@ def test_a_build_and_a_measured_gain_count_the_fallbacks(path: Path, bench: Benc
     monkeypatch.setattr(Bench, "prepare", lambda self, way: Serialised())
     monkeypatch.setattr(gpu_build, "_made_on_gpu", lambda lowered, chosen, prepared: [None] * len(chosen))
     plan = build(path, batch=(2, 4), device="cuda", fallback=True)
+    assert plan.whole == ""
     assert plan.needs["onnxruntime"] == onnxruntime.__version__
     records = [BuildRecord.from_json(json.dumps(data)) for data in plan.about["builds"]]
     (pair,) = measure_gain(path, batches=(4,), precision="fp16", fallback=True)
@@ -231,6 +233,35 @@ def test_a_build_and_a_measured_gain_count_the_fallbacks(path: Path, bench: Benc
         assert sum(layer.share or 0.0 for layer in record.layers) == pytest.approx(1.0)
     dense, sparse = ([layer.us for layer in record.layers if layer.copy_us] for record in pair)
     assert dense == sparse, "the CPU's part is the same in both, and timed once"
+
+
+def test_a_build_reads_halves_refuses_outputs_of_other_shapes_and_knows_items_that_depend_on_each_other(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import twofour.report.gpu  # noqa: F401 - as above
+
+    monkeypatch.setattr("twofour.timing.gpu.Stopwatch", lambda device: bench.watch)
+    monkeypatch.setattr(gpu_build, "require_gpu", lambda device=0: (9, 0))
+    monkeypatch.setattr(gpu_build, "num_sms", lambda device: 132)
+    monkeypatch.setattr(gpu_build, "choose_all", lambda calls, **asked: first_ways(SimpleNamespace(calls=tuple(calls))))  # type: ignore[arg-type]
+    monkeypatch.setattr(Bench, "prepare", lambda self, way: Serialised())
+    monkeypatch.setattr(gpu_build, "_made_on_gpu", lambda lowered, chosen, prepared: [None] * len(chosen))
+    model = text_model("float[N,8] x", "a = MatMul(x, w) m = ReduceMean(a, axis) y = Sub(a, m)", w=np.eye(8, dtype=np.float32), axis=[0])
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    onnx.save(model, tmp_path / "net.onnx")
+    assert (
+        build(tmp_path / "net.onnx", batch=4, device="cuda").whole
+        == "the network computes an item of a batch from the others too, or from their number"
+    )
+    half = text_model("float16[N,8] x", "y = MatMul(x, w)", "float16[N,8] y", w=np.eye(8, dtype=np.float16))
+    half.graph.output[0].type.CopyFrom(half.graph.input[0].type)
+    onnx.save(half, tmp_path / "half.onnx")
+    made = build(tmp_path / "half.onnx", batch=4, device="cuda")
+    assert (str(made.inputs[0]), str(made.outputs[0]), made.whole) == ("x float32[batch, 8]", "y float32[batch, 8]", "")
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 16
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(InputError, match=r"declares the output y float32\[batch, 16\] and computes \[4, 8\] of a batch of 4"):
+        build(tmp_path / "net.onnx", batch=4, device="cuda")
 
 
 def lowered_of(path: Path) -> Lowered:

@@ -89,6 +89,12 @@ def test_a_form_we_lack_says_which() -> None:
         small("float[1,2,4,4] x, float[2,2,1,1] w", "y = Conv(x, w)")
     with pytest.raises(UnsupportedError, match=r"Gather with indices that are not evenly spaced \(Gather_0\)"):
         small("float[40000,2] x", "y = Gather(x, k)", k=np.arange(200) ** 2)
+    vector = np.ones(2, np.float32)
+    with pytest.raises(UnsupportedError, match=r"BatchNormalization with statistics of the batch \(training_mode\) \(BatchN.*_0\)"):
+        small("float[4,2,3,3] x", "y, m, v = BatchNormalization <training_mode = 1> (x, k, k, k, k)", k=vector)
+    with pytest.raises(UnsupportedError, match=r"Dropout with values dropped at random \(training_mode\) \(Dropout_0\)"):
+        small("float[4,2] x", "y = Dropout(x, r, t)", r=np.float32(0.5), t=np.array(True))
+    assert kinds(small("float[4,2] x", "y = Dropout(x, r, t)", r=np.float32(0.5), t=np.array(False))) == ["Dropout"]
 
 
 @pytest.mark.parametrize("index", [5, -6])

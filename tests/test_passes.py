@@ -396,6 +396,16 @@ def test_constants_fold_through_shapes() -> None:
     assert list(model.graph.outputs[0].shape) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("body", ["b = ConstantOfShape(s)", "b = Range(zero, most, one)", "b = Tile(zeros, s)"])
+def test_a_constant_of_terabytes_is_not_made(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("twofour.builder.passes.constants.run_operator", lambda domain, kind, *_: made.append(kind))
+    sizes = {"s": i(2**22, 2**18), "zero": np.array(0), "most": np.array(2**40), "one": np.array(1), "zeros": np.zeros((1, 1), np.float32)}
+    with pytest.raises(UnsupportedError, match="operators that the engine lacks"):
+        small("float[2,4] x", f"{body} y = NonZero(b) z = Add(x, x)", "int64[] y, float[] z", **sizes)
+    assert made == []
+
+
 def test_a_repeat_over_the_batch_is_not_folded_where_reading_it_costs_nothing() -> None:
     body = "s = Shape <end=1> (x) b = Concat <axis=0> (s, o, o) c = Expand(t, b) {}"
     model = small("float[N,2,4] x", body.format("y = Concat <axis=1> (c, x)"), o=i(1), t=normal(1, 1, 4))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from test_import_walls import BLOCKER
 
 import twofour
-from twofour.errors import InputError, PlanFormatError, UnsupportedError
+from twofour.errors import InputError, PlanFormatError, TwofourError, UnsupportedError
 from twofour.plan import Plan
 
 
@@ -231,6 +231,22 @@ def test_a_fixed_batch_and_a_dynamic_inner_axis(tmp_path: Path) -> None:
         fixed(np.zeros((1, 3), np.float32))
     with pytest.raises(UnsupportedError, match=r"input 'x' has the dynamic axis 1 \(width\); only the batch"):
         twofour.build(model(["batch", "width"]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body", "message"),
+    [
+        ("float[0,8] x", "y = Relu(x)", r"build: input 'x' is empty, its shape is \[0, 8\]; export the model with real sizes"),
+        ("string[N,8] x", "y = Identity(x)", r"build: x object\[batch, 8\] is of a type that a plan cannot hold, expected one of \['bool'"),
+        ("bfloat16[N,8] x", "y = Identity(x)", r"build: x bfloat16\[batch, 8\] is of a type that a plan cannot hold"),
+    ],
+)
+def test_what_a_plan_cannot_describe_is_not_built(inputs: str, body: str, message: str, tmp_path: Path) -> None:
+    made = text_model(inputs, body)
+    made.graph.output[0].type.CopyFrom(made.graph.input[0].type)
+    onnx.save(made, tmp_path / "m.onnx")
+    with pytest.raises(TwofourError, match=message):
+        twofour.build(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(

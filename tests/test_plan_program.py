@@ -142,6 +142,7 @@ DAMAGES = [
     (lambda h: h["programs"][0]["steps"].clear(), "program of batch 1: no step writes output 0"),
     (lambda h: h["programs"][1]["steps"].pop(), "program of batch 4: no step writes output 0"),
     (lambda h: h.update(kernels=[1]), "kernels is no object of strings"),
+    (lambda h: h.update(whole=3), "whole is no string"),
     (lambda h: h.update(device="cpu"), "the backend 'cuda' does not run fp16 on the device 'cpu'"),
     (lambda h: h.update(precision="fp32"), "does not run fp32"),
     (lambda h: h.pop("programs"), "its description cannot be read"),

@@ -4,6 +4,8 @@ import ctypes
 import dataclasses
 import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,13 @@ import torch
 from fake_gpu import FakeGpu
 from plan_samples import CHANNELS, SIDE, expected, plan, program
 
-from twofour.errors import InputError, PlanFormatError
-from twofour.plan import Plan
+from twofour.errors import InputError, PlanFormatError, UnsupportedError
+from twofour.plan import Plan, ValueSpec
 from twofour.runtime.backends.cuda import CudaBackend
 from twofour.runtime.backends.cuda.batches import Chunk, chunks
 from twofour.runtime.backends.cuda.context import Memory, segments
 from twofour.runtime.backends.cuda.dlpack import CUDA, Borrowed, DeviceArray, offer
+from twofour.runtime.backends.cuda.gpu import Gpu
 from twofour.runtime.backends.cuda.inputs import stream_of
 
 RNG = np.random.default_rng(0)
@@ -193,6 +196,25 @@ def test_threads_have_contexts_of_their_own_and_agree() -> None:
     gc.collect()
     # The threads are gone and their contexts with them: only the weights are left.
     assert len(engine.gpu.held) == 1
+    assert not engine.gpu.handles
+
+
+def test_an_engine_goes_once_its_last_pass_is_done() -> None:
+    engine = backend()
+    gpu, one_pass = engine.gpu, engine.passes(4)
+    engine.profile([images(4)], 2)
+    engine.call([OnFakeGpu(images(4))], 7)
+    del engine
+    gc.collect()
+    one_pass(8)  # its weights are still there
+    gpu.ends.clear()
+    freed = gpu.free
+    gpu.free = lambda address: (gpu.ends.append("free"), freed(address))
+    del one_pass
+    gc.collect()
+    assert gpu.ends[0].startswith("wait for")
+    assert set(gpu.ends[1:]) == {"free"}
+    assert (gpu.held, gpu.handles) == ({}, set())
 
 
 def test_memory_does_not_grow_with_changing_batches() -> None:
@@ -297,6 +319,153 @@ def test_a_weight_that_another_cusparselt_compressed_is_refused(installed: str) 
         return
     with pytest.raises(PlanFormatError, match="step 'turn' was compressed by cuSPARSELt 800, installed is 810; build the plan again"):
         engine.call([x])
+
+
+class FakeDriver:
+    """Contexts of GPUs as the driver keeps them: that of GPU n is 10 + n, 0 is none."""
+
+    def __init__(self, current: int) -> None:
+        self.current = current
+
+    def cuDeviceGet(self, device: int) -> tuple[int, int]:
+        return 0, device
+
+    def cuDevicePrimaryCtxRetain(self, handle: int) -> tuple[int, int]:
+        return 0, 10 + handle
+
+    def cuCtxGetCurrent(self) -> tuple[int, int]:
+        return 0, self.current
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        self.current = context
+        return (0,)
+
+    def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        return 0, 1000 * self.current
+
+    def cuMemFree(self, address: int) -> tuple[int]:
+        assert address == 1000 * self.current
+        return (0,)
+
+
+@pytest.mark.parametrize("before", [0, 10, 11])
+def test_the_callers_gpu_is_current_again_afterwards(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    driver = FakeDriver(before)
+    for place in ("twofour.jit.driver", "twofour.runtime.backends.cuda.gpu"):
+        monkeypatch.setattr(f"{place}.bindings", lambda: driver)
+    monkeypatch.setattr("twofour.jit.driver.num_sms", lambda device: 132)
+    gpu = Gpu(1)
+    memory = Memory(gpu, 100)
+    assert (memory.address, driver.current) == (11_000, before)
+    with gpu.use():
+        assert driver.current == 11
+    assert driver.current == before
+    del memory
+    gc.collect()
+    assert driver.current == before
+
+
+def test_work_outside_a_call_is_put_on_the_engines_gpu() -> None:
+    engine, x = backend(), images(4)
+    engine.passes(4)(7)
+    assert len(engine.profile([x], 1)) == 4
+    y = engine.call([OnFakeGpu(x)])
+    assert np.array_equal(y.numpy(), expected(x).astype(np.float32))
+    assert not engine.gpu.is_current
+
+
+class OnTorchsGpu(torch.Tensor):
+    """A torch tensor whose host memory plays that of GPU 0; it tells on which of torch's streams it is copied and used."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cpu", 0)  # type: ignore[assignment]
+
+    def contiguous(self) -> torch.Tensor:  # type: ignore[override]
+        if not self.is_contiguous():
+            TOLD.append(("copied", torch.cuda.current_stream(0).cuda_stream))
+        return super().contiguous()
+
+
+OnTorchsGpu.__module__ = "torch"
+TOLD: list[tuple[str, int]] = []
+
+
+@pytest.fixture
+def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` is empty."""
+    entered = [SimpleNamespace(cuda_stream=5)]
+
+    @contextmanager
+    def entering(stream: Any) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
+    def empty(*args: Any, **options: Any) -> torch.Tensor:
+        TOLD.append(("made", entered[-1].cuda_stream))
+        return made(*args, **options).as_subclass(OnTorchsGpu)
+
+    made = torch.empty
+    TOLD.clear()
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered[-1])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda at, device: SimpleNamespace(cuda_stream=at or 99))
+    monkeypatch.setattr(torch.cuda, "stream", entering)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: TOLD.append((f"used {tensor.ndim}", stream.cuda_stream)))
+    return entered
+
+
+@pytest.mark.parametrize("stream", [0, 7])
+def test_torch_copies_and_allocates_in_the_order_of_the_stream_that_is_given(stream: int, torchs_streams: list[Any]) -> None:
+    array = images(4)
+    x = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 2, 3, 1))).as_subclass(OnTorchsGpu).permute(0, 3, 1, 2)
+    y = backend().call([x], stream)
+    assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
+    assert [("copied", stream), ("made", stream), ("used 4", stream), ("used 2", 5)] == TOLD
+    TOLD.clear()
+    backend().call([x])
+    assert TOLD == [("copied", 5), ("made", 5)]
+    assert len(torchs_streams) == 1
+
+
+def two_inputs() -> Plan:
+    """The plan with a second input, which no step reads."""
+    return dataclasses.replace(plan(), inputs=(*plan().inputs, ValueSpec("z", "float32", (None, 2))))
+
+
+def test_a_call_with_host_memory_or_borrowed_memory_among_its_inputs_waits(torchs_streams: list[Any]) -> None:
+    engine, array, z = backend(two_inputs()), images(4), np.ones((4, 2), np.float32)
+    x = torch.from_numpy(array).as_subclass(OnTorchsGpu)
+    for second in (z, OnFakeGpu(z), torch.from_numpy(z)):
+        engine.gpu.ends.clear()
+        y = engine.call([x, second])
+        assert engine.gpu.ends[-1] == "finish 5"
+        assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
+    engine.gpu.ends.clear()
+    engine.call([x, torch.from_numpy(z).as_subclass(OnTorchsGpu)])
+    assert "finish 5" not in engine.gpu.ends
+
+
+def test_a_torch_tensor_that_comes_second_is_read_in_the_order_of_its_stream(torchs_streams: list[Any]) -> None:
+    engine, array = backend(two_inputs()), images(4)
+    y = engine.call([array, torch.ones(4, 2).as_subclass(OnTorchsGpu)])
+    assert np.array_equal(y, expected(array).astype(np.float32))
+    assert engine.gpu.ends[-2:] == ["record 5", "finish 5"]
+
+
+def test_after_a_call_that_failed_another_stream_still_waits() -> None:
+    engine, x = backend(), OnFakeGpu(images(4))
+    engine.call([x], 7)
+    engine.gpu.ends.clear()
+
+    def fail(graph: Any, stream: int) -> None:
+        raise UnsupportedError("launching a graph failed")
+
+    engine.gpu.launch_graph = fail
+    with pytest.raises(UnsupportedError, match="launching a graph failed"):
+        engine.call([x], 7)
+    assert engine.gpu.ends == ["record 7"]
 
 
 def test_freed_memory_is_freed_once() -> None:

@@ -108,6 +108,22 @@ def test_torchs_current_stream_and_explicit_ones() -> None:
     check(y, x)
 
 
+def test_a_copy_that_torch_makes_is_on_the_stream_that_is_given() -> None:
+    engine, stream = twofour.load(plan()), torch.cuda.Stream()
+    engine(images(4))
+    turned = images(4, 1).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    wanted = turned.contiguous()
+    torch.cuda.synchronize()
+    # What is current has much to do; the stream that is given does not wait for it.
+    torch.cuda._sleep(200_000_000)
+    y = engine(turned, stream=stream)
+    stream.synchronize()
+    with torch.cuda.stream(stream):
+        y = y.clone()
+    torch.cuda.synchronize()
+    check(y, wanted)
+
+
 def test_threads_agree_and_memory_comes_back() -> None:
     engine, inputs = twofour.load(plan()), [images(n, n) for n in (1, 2, 4, 7)]
     wanted, wrong = [engine(x) for x in inputs], []

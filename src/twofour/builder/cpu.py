@@ -15,7 +15,7 @@ from twofour.errors import UnsupportedError
 from twofour.exchange.importer import fixed_batches, refuse_other_batch
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
 from twofour.plan import Plan
-from twofour.plan.record import printable
+from twofour.plan.record import DTYPES, printable
 from twofour.version import __version__
 
 
@@ -69,6 +69,9 @@ def build_cpu(path: Path, *, batches: Sequence[int], precision: str, sparsity: s
     }
     inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
     outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    for spec in (*inputs, *outputs):
+        if spec.dtype not in DTYPES:
+            raise UnsupportedError(f"build: {printable(str(spec))} is of a type that a plan cannot hold, expected one of {sorted(DTYPES)}")
     return Plan(
         "onnxruntime",
         "cpu",

@@ -13,10 +13,11 @@ from twofour.builder.batches import BATCHES, batch_sizes
 from twofour.builder.estimate import refuse_nothing_ours
 from twofour.builder.gpus import GPUS, Gpu
 from twofour.builder.graph import Array
+from twofour.builder.items import why_whole
 from twofour.builder.lower import Front, Lowered
 from twofour.builder.memory import MemoryPlan, plan_memory
 from twofour.builder.record import BuildRecord, Timed, build_record
-from twofour.builder.specs import spec_of
+from twofour.builder.specs import in_fp32, refuse_other_shapes, spec_of
 from twofour.builder.tactics.bench import Bench, upload
 from twofour.builder.tactics.chosen import Chosen, choose_all
 from twofour.builder.tactics.hosted import time_fallbacks
@@ -91,8 +92,11 @@ def build_gpu(
     ready = prepare(path, batches, precision, fallback)
     require_gpu(device)
     model = parse_onnx_file(path)
-    inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
-    outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    file_inputs = tuple(spec_of(value, "input") for value in model.graph.inputs if value.name not in model.graph.initializers)
+    file_outputs = tuple(spec_of(value, "output") for value in model.graph.outputs)
+    inputs, outputs = (tuple(in_fp32(spec) for spec in specs) for specs in (file_inputs, file_outputs))
+    for lowered in ready.lowered:
+        refuse_other_shapes(outputs, [lowered.places[name].shape for name in lowered.output_values], lowered.batch)
     bench = Bench(Stopwatch(device), device)
     machine = bench.watch.meter.machine()
     assembler = Assembler(inputs, outputs, num_sms(device))
@@ -136,6 +140,7 @@ def build_gpu(
         tuple(programs),
         sources_digests(),
         needs,
+        why_whole(path, file_inputs, file_outputs),
     )
 
 

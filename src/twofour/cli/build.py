@@ -105,5 +105,7 @@ def command(
     say(console, plan, out, *pages)
     if "note" in plan.about:
         say(console, plan.about["note"])
+    if plan.whole:
+        say(console, f"only batches of {list(plan.batches)}: {plan.whole}")
     if not plan.about["sparse_kernels"]:
         say(console, f"no sparse kernels: {plan.about['why_no_sparse_kernels']}")

@@ -12,9 +12,9 @@ ALWAYS = frozenset(
         *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater"),
         *("GreaterOrEqual", "PRelu", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf", "Tanh", "Floor", "Ceil", "Sigmoid", "Relu"),
         *("Softplus", "HardSwish", "Mish", "HardSigmoid", "LeakyRelu", "Elu", "Gelu", "Swish", "Cast", "Where", "Clip"),
-        *("Identity", "Dropout", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Expand", "Split"),
+        *("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Expand", "Split"),
         *("DepthToSpace", "SpaceToDepth", "MatMul", "GlobalAveragePool", "GlobalMaxPool", "Softmax"),
-        *("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"),
+        *("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"),
     }
 )
 NO_OPERATOR = "no such operator"
@@ -154,7 +154,20 @@ def _reduction(node: ir.Node) -> str:
     return "" if constant(node, 1) else "its axes are computed at run time"
 
 
+def _batch_norm(node: ir.Node) -> str:
+    return "statistics of the batch (training_mode)" if number(node, "training_mode", 0) else ""
+
+
+def _dropout(node: ir.Node) -> str:
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    if mode is None or (mode.const_value is not None and not np.any(mode.const_value.numpy())):
+        return ""
+    return "values dropped at random (training_mode)"
+
+
 CONDITIONS = {
+    "BatchNormalization": _batch_norm,
+    "Dropout": _dropout,
     "Conv": _conv,
     "MaxPool": _pool,
     "AveragePool": _pool,

@@ -5,7 +5,8 @@ Setup goes through cuda.bindings; the launch itself through ctypes, because it i
 
 import ctypes
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -101,13 +102,31 @@ def bus_id(device: int) -> str:
     return bytes(found).split(b"\0")[0].decode()
 
 
-def use_device(device: int) -> None:
-    """Make GPU `device`'s primary context current in this thread, as every CUDA runtime user shares it."""
+def use_device(device: int) -> Any:
+    """Make GPU `device`'s primary context current in this thread, as every CUDA runtime user shares it.
+
+    Returns:
+        The context that was current before, which may be none; `None` if it is the same.
+    """
     d = bindings()
     handle = check(d.cuDeviceGet(device), f"finding GPU {device}")
     context = check(d.cuDevicePrimaryCtxRetain(handle), f"using GPU {device}")
-    if int(check(d.cuCtxGetCurrent(), "asking for the context")) != int(context):
-        check(d.cuCtxSetCurrent(context), f"using GPU {device}")
+    before = check(d.cuCtxGetCurrent(), "asking for the context")
+    if int(before) == int(context):
+        return None
+    check(d.cuCtxSetCurrent(context), f"using GPU {device}")
+    return before
+
+
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Make GPU `device` current for the body; then the caller's is again, on which its next allocations and launches shall be."""
+    before = use_device(device)
+    try:
+        yield
+    finally:
+        if before is not None:
+            check(bindings().cuCtxSetCurrent(before), "going back to the caller's GPU")
 
 
 def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int) -> int:

@@ -49,6 +49,7 @@ class Plan:
         batches: batch sizes it was tuned for; empty means any.
         programs: what the backend `cuda` does, one a batch size. kernels: family -> digest of the device sources its compiled kernels were
             made from. needs: library -> version its steps were chosen with.
+        whole: why the backend `cuda` takes only batches of these sizes; empty where each item is computed by itself.
         about: how it was built (versions, the source's digest, notes), for people and reports.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     programs: tuple[Program, ...] = field(default=(), repr=False)
     kernels: dict[str, str] = field(default_factory=dict, repr=False)
     needs: dict[str, str] = field(default_factory=dict, repr=False)
+    whole: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -94,6 +96,7 @@ class Plan:
         header |= {"inputs": [asdict(v) for v in self.inputs], "outputs": [asdict(v) for v in self.outputs]}
         if self.backend == "cuda":
             header |= {"programs": [p.to_plain() for p in self.programs], "kernels": self.kernels, "needs": self.needs}
+            header |= {"whole": self.whole} if self.whole else {}
         with written_aside(path) as aside:
             save_file(self.payload, aside, {KEY: json.dumps(header, sort_keys=True)})
 
@@ -208,10 +211,13 @@ def _with_programs(plan: Plan, header: dict[str, Any]) -> Plan:
         if name != cubin_name(plan.payload[name].tobytes()):
             raise InputError(f"the compiled kernel {name[:80]!r} has another digest than its name says")
     kernels, needs = _strings(header["kernels"], "kernels"), _strings(header["needs"], "needs")
+    whole = header.get("whole", "")
+    if not isinstance(whole, str):
+        raise InputError("whole is no string")
     missing = {step.library for p in programs for step in p.steps} - set(needs) - {"twofour"}
     if missing:
         raise InputError(f"needs lacks the libraries {sorted(missing)} that steps use")
-    return replace(plan, programs=programs, kernels=kernels, needs=needs)
+    return replace(plan, programs=programs, kernels=kernels, needs=needs, whole=one_line(whole))
 
 
 def cubin_name(cubin: bytes) -> str:

@@ -52,7 +52,7 @@ class Engine:
 
         Args:
             inputs: one value an input of the plan: NumPy array, torch tensor, or anything with DLPack. A GPU plan takes GPU memory as it
-                is, and any number of items: padded to the next batch of the plan, or in several.
+                is, and any number of items, padded to the next batch of the plan or in several, unless `plan.whole` says why not.
             stream: of a GPU plan: what the work is put on, an address or a stream object; None: torch's current stream for torch tensors.
 
         Raises:

@@ -1,5 +1,7 @@
 """Constant folding: what does not depend on an input is computed once, by the oracle."""
 
+from math import prod
+
 import numpy as np
 import onnx_ir as ir
 
@@ -66,12 +68,16 @@ def computed(node: ir.Node) -> list[Array] | None:
     arrays = [constant_of(value) for value in node.inputs]
     if any(array is None and value is not None for array, value in zip(arrays, node.inputs, strict=True)):
         return None
+    most = max(MOST_BYTES, 4 * sum(array.nbytes for array in arrays if array is not None))
+    # A few bytes of a file may ask for terabytes.
+    shapes = [value.shape for value in node.outputs if value.shape is not None and all(isinstance(size, int) for size in value.shape)]
+    if any(prod(int(size) for size in shape) > most for shape in shapes):  # type: ignore[arg-type]
+        return None
     try:
         results = run_operator(node.domain, node.op_type, arrays, attributes_of(node), len(node.outputs))
-    except InputError:
+    except (InputError, MemoryError):
         return None
-    given = sum(array.nbytes for array in arrays if array is not None)
-    if sum(result.nbytes for result in results) > max(MOST_BYTES, 4 * given):
+    if sum(result.nbytes for result in results) > most:
         return None
     return results
 

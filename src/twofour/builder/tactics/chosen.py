@@ -93,7 +93,7 @@ class Remembered:
         """
         self.path, self.entries = path, {}
         self.trials: dict[str, Outcome] = {}
-        self.head = {"schema": CACHE_SCHEMA, "kind": "timing cache", "machine": machine}
+        self.head: dict[str, Any] = {"schema": CACHE_SCHEMA, "kind": "timing cache", "machine": machine}
         if path is None or not path.exists():
             return
         try:
@@ -128,8 +128,10 @@ class Remembered:
         self.entries[key] = made
 
     def save(self) -> None:
-        """Write the file aside and rename it."""
+        """Write the file aside and rename it, with what other processes have put there meanwhile."""
         if self.path is not None:
+            theirs = Remembered(self.path, self.head["machine"])
+            self.entries, self.trials = theirs.entries | self.entries, theirs.trials | self.trials
             trials = {key: asdict(outcome) for key, outcome in self.trials.items()}
             write_text(self.path, json.dumps({**self.head, "entries": self.entries, "trials": trials}, indent=1) + "\n")
 

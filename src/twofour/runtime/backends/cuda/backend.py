@@ -5,6 +5,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -37,9 +38,10 @@ class Passes:
 
     def __call__(self, stream: int) -> None:
         """Put one pass on `stream`."""
-        self._context.order(stream)
-        self._context.run(self._prepared, self._inputs[self._next], self._outputs[self._next], stream)
-        self._context.mark(stream)
+        with self._context.gpu.use():
+            self._context.order(stream)
+            self._context.run(self._prepared, self._inputs[self._next], self._outputs[self._next], stream)
+            self._context.mark(stream)
         self._next = (self._next + 1) % len(self._inputs)
 
 
@@ -78,7 +80,8 @@ class CudaBackend:
         self._cudnn: Any = None
         self._threads = threading.local()
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._weights = self._upload()
+        with gpu.use():
+            self._weights = self._upload()
 
     def _refuse_other_sources(self) -> None:
         installed = sources_digests()
@@ -95,13 +98,13 @@ class CudaBackend:
         for name in names:
             offsets[name] = end
             end += -(-self.plan.payload[name].nbytes // ALIGN) * ALIGN
-        self.gpu.use()
         self._weight_memory = Memory(self.gpu, end)
         stream = self.gpu.stream()
         for name in names:
             array = np.ascontiguousarray(self.plan.payload[name])
             self.gpu.upload(self._weight_memory.address + offsets[name], array.ctypes.data, array.nbytes, stream)
             self.gpu.synchronize(stream)
+        self.gpu.free_stream(stream)
         return {name: self._weight_memory.address + offset for name, offset in offsets.items()}
 
     def _handle(self) -> Any:
@@ -150,11 +153,10 @@ class CudaBackend:
 
     def prepared(self, batch: int) -> Prepared:
         """Return the program of a batch size with its steps made callable, on first use."""
-        with self._lock:
+        with self._lock, self.gpu.use():
             found = self._prepared.get(batch)
             if found is None:
                 program = self._programs[batch]
-                self.gpu.use()
                 calls = [self._launchable(program, step) for step in program.steps]
                 found = self._prepared[batch] = Prepared(program, calls, segments(program), input_aligns(program))
             return found
@@ -165,7 +167,7 @@ class CudaBackend:
         if found is None:
             arena = max(p.arena_bytes for p in self.plan.programs)
             workspace = max(p.workspace_bytes for p in self.plan.programs)
-            found = self._threads.context = Context(self.gpu, self._weights, arena, workspace)
+            found = self._threads.context = Context(self.gpu, self._weights, self._weight_memory, arena, workspace)
             with self._lock:
                 self._contexts.add(found)
         return found
@@ -189,19 +191,36 @@ class CudaBackend:
         if len(inputs) != len(specs):
             number = f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
             raise InputError(f"engine: {number} given, expected {len(specs)}: {', '.join(map(str, specs))}")
-        self.gpu.use()
-        context = self.context()
-        where = self._stream(inputs[0], stream, context)
-        given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
-        items = self._items(given_inputs)
-        self._refuse_parts(items)
-        context.order(where)
-        results = self._results(inputs[0], items, given_inputs[0].address is None)
-        for chunk in chunks(items, sorted(self._programs)):
-            self._run_chunk(context, chunk, given_inputs, results, where)
-        context.mark(where)
-        finished = self._finish(inputs[0], given_inputs, results, where)
+        with self.gpu.use():
+            finished = self._on_gpu(inputs, stream)
         return finished[0] if len(finished) == 1 else tuple(finished)
+
+    def _on_gpu(self, inputs: Sequence[Any], stream: Any) -> list[Any]:
+        """As `call`, every output, on the GPU that is current."""
+        specs, context = self.plan.inputs, self.context()
+        theirs = self._torch_stream(inputs)
+        where = stream_of(stream) if stream is not None else context.stream if theirs is None else int(theirs.cuda_stream)
+        other = None if theirs is None or int(theirs.cuda_stream) == where else self._as_torch(where)
+        # Torch copies inputs and finds memory for outputs in the order of the stream that is current.
+        with nullcontext() if other is None else sys.modules["torch"].cuda.stream(other):
+            given_inputs = [given(value, spec, self.gpu.device, where) for value, spec in zip(inputs, specs, strict=True)]
+            items = self._items(given_inputs)
+            self._refuse_parts(items)
+            results = self._results(inputs[0], items, given_inputs[0].address is None)
+            context.order(where)
+            try:
+                for chunk in chunks(items, sorted(self._programs)):
+                    self._run_chunk(context, chunk, given_inputs, results, where)
+            finally:
+                # Of a call that fails on its way, the next one on another stream waits for what was put.
+                context.mark(where)
+        if other is not None:
+            # The allocator must not reuse inputs before the engine's stream is done with them, nor outputs before the caller's is.
+            for tensors, reader in (([g.alive for g in given_inputs], other), (results, theirs)):
+                for tensor in tensors:
+                    if is_torch(tensor):
+                        tensor.record_stream(reader)
+        return self._finish(inputs[0], given_inputs, results, where)
 
     def run(self, inputs: list[Array]) -> list[Array]:
         """Return the outputs of NumPy arrays as NumPy arrays."""
@@ -210,6 +229,11 @@ class CudaBackend:
 
     def profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
         """Return (node, family and library, median microseconds of single launches), slowest first; the batch must be one of the plan's."""
+        with self.gpu.use():
+            return self._profile(inputs, num_runs)
+
+    def _profile(self, inputs: list[Array], num_runs: int) -> list[tuple[str, str, float]]:
+        """As `profile`, on the GPU that is current."""
         found = [given(value, spec, self.gpu.device, 0) for value, spec in zip(inputs, self.plan.inputs, strict=True)]
         items = self._items(found)
         if items not in self._programs:
@@ -233,8 +257,12 @@ class CudaBackend:
         """
         if batch not in self._programs:
             raise InputError(f"engine: batch {batch} was asked for, the plan was built for {sorted(self._programs)}")
+        with self.gpu.use():
+            return self._passes(batch, sets, seed)
+
+    def _passes(self, batch: int, sets: int, seed: int) -> Passes:
+        """As `passes`, on the GPU that is current."""
         rng = np.random.default_rng(seed)
-        self.gpu.use()
         context, prepared = self.context(), self.prepared(batch)
         context.order(context.stream)
         inputs: list[list[int]] = []
@@ -253,12 +281,16 @@ class CudaBackend:
                 self.gpu.synchronize(context.stream)
         return Passes(context, prepared, inputs, outputs, alive)
 
-    def _stream(self, first: Any, stream: Any, context: Context) -> int:
-        if stream is not None:
-            return stream_of(stream)
-        if is_torch(first) and first.is_cuda:
-            return int(sys.modules["torch"].cuda.current_stream(self.gpu.device).cuda_stream)
-        return context.stream
+    def _torch_stream(self, inputs: Sequence[Any]) -> Any:
+        """Torch's current stream where an input is a torch tensor on a GPU, which may still be made there; else None."""
+        if not any(is_torch(value) and value.is_cuda for value in inputs):
+            return None
+        return sys.modules["torch"].cuda.current_stream(self.gpu.device)
+
+    def _as_torch(self, stream: int) -> Any:
+        """A stream as torch's object. NOTE: of address 0 torch makes a new stream instead of the default one, whose other address is 1."""
+        cuda = sys.modules["torch"].cuda
+        return cuda.ExternalStream(stream, device=self.gpu.device) if stream > 1 else cuda.default_stream(self.gpu.device)
 
     def _items(self, inputs: Sequence[Given]) -> int:
         found: set[int] = {g.shape[0] for g, spec in zip(inputs, self.plan.inputs, strict=True) if spec.shape and spec.shape[0] is None}
@@ -269,17 +301,17 @@ class CudaBackend:
         return int(found.pop() if found else next(iter(self._programs)))
 
     def _refuse_parts(self, items: int) -> None:
-        """Do nothing if the items run as one whole batch, or every output has a part for each item.
+        """Do nothing if the items run as one whole batch, or each is computed by itself and has a part of every output.
 
         Raises:
-            InputError: an output is of the batch as a whole, so that neither parts of a batch nor padding give it.
+            InputError: neither parts of a batch nor padding give the outputs.
         """
-        whole = [spec.name for spec in self.plan.outputs if not spec.shape or spec.shape[0] is not None]
+        whole = [f"output {spec.name!r} is of the whole batch" for spec in self.plan.outputs if not spec.shape or spec.shape[0] is not None]
+        whole += [self.plan.whole] if self.plan.whole else []
         batched = any(spec.shape and spec.shape[0] is None for spec in self.plan.inputs)
         if whole and batched and items not in self._programs:
             raise InputError(
-                f"engine: batch {items} was given, and output {whole[0]!r} is of the whole batch, "
-                f"expected one of {sorted(self._programs)}; build the plan for that size"
+                f"engine: batch {items} was given, and {whole[0]}, expected one of {sorted(self._programs)}; build the plan for that size"
             )
 
     @staticmethod
@@ -341,16 +373,11 @@ class CudaBackend:
             move(target, buffer, size, stream)
 
     def _finish(self, first: Any, found: Sequence[Given], results: list[Any], stream: int) -> list[Any]:
-        if found[0].address is None or not is_torch(first):
+        if not all(is_torch(g.alive) for g in found):
             # What was borrowed goes back, and host memory is read, only once the GPU is done.
             self.gpu.synchronize(stream)
-            return [sys.modules["torch"].from_numpy(r) for r in results] if is_torch(first) else results
-        torch = sys.modules["torch"]
-        if stream != int(torch.cuda.current_stream(first.device).cuda_stream):
-            # The allocator must not reuse this memory before the other stream is done with it.
-            for tensor in (*(g.alive for g in found if is_torch(g.alive)), *results):
-                tensor.record_stream(torch.cuda.ExternalStream(stream, device=first.device))
-        return results
+        on_host = found[0].address is None and is_torch(first)
+        return [sys.modules["torch"].from_numpy(result) for result in results] if on_host else results
 
 
 def address_of(result: Any) -> int:

@@ -85,10 +85,9 @@ class Memory:
 class Context:
     """Arena, workspace, buffers for inputs and outputs, graphs, and a stream. Used by one thread; calls on two streams are put in order."""
 
-    def __init__(self, gpu: Any, weights: Mapping[str, int], arena_bytes: int, workspace_bytes: int) -> None:
-        """Allocate `arena_bytes` of activations and the workspace; `weights` gives the address of each payload tensor."""
-        self.gpu, self._weights = gpu, weights
-        gpu.use()
+    def __init__(self, gpu: Any, weights: Mapping[str, int], weight_memory: Memory, arena_bytes: int, workspace_bytes: int) -> None:
+        """Allocate `arena_bytes` of activations and the workspace; `weights` gives the address of each payload tensor in its memory."""
+        self.gpu, self._weights, self._weight_memory = gpu, weights, weight_memory
         self.stream: int = gpu.stream()
         self.done = gpu.event()
         self._last_stream: int | None = None
@@ -103,10 +102,15 @@ class Context:
         self._buffers: dict[tuple[int, str, int], Memory] = {}
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
+        if sys.is_finalizing() or not hasattr(self, "_buffers"):
             return
-        for graph in getattr(self, "_graphs", {}).values():
-            self.gpu.free_graph(graph)
+        with self.gpu.use():
+            # An engine may go while its last pass still runs.
+            self.gpu.wait_for(self.done)
+            for graph in self._graphs.values():
+                self.gpu.free_graph(graph)
+            self.gpu.free_event(self.done)
+            self.gpu.free_stream(self.stream)
 
     @property
     def num_bytes(self) -> int:
@@ -217,6 +221,8 @@ class Context:
             if run:
                 for number in range(steps):
                     taken[number].append(gpu.elapsed_us(events[number], events[number + 1]))
+        for event in events:
+            gpu.free_event(event)
         return taken
 
 

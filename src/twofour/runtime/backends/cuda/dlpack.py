@@ -143,9 +143,9 @@ class DeviceArray:
     def numpy(self) -> npt.NDArray[Any]:
         """Return a copy in host memory."""
         host = np.empty(self.shape, self.dtype)
-        self._gpu.use()
-        self._gpu.download(host.ctypes.data, self.address, host.nbytes, 0)
-        self._gpu.synchronize(0)
+        with self._gpu.use():
+            self._gpu.download(host.ctypes.data, self.address, host.nbytes, 0)
+            self._gpu.synchronize(0)
         return host
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:

@@ -1,5 +1,6 @@
 """One GPU as the runtime uses it: memory, streams, events, graphs. The only file of the backend that calls the driver."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from twofour.jit import driver
@@ -16,12 +17,12 @@ class Gpu:
             MissingExtraError, UnsupportedError: no bindings, driver or GPU.
         """
         self.device = device
-        driver.use_device(device)
-        self.num_sms = driver.num_sms(device)
+        with self.use():
+            self.num_sms = driver.num_sms(device)
 
-    def use(self) -> None:
-        """Make the GPU current in this thread."""
-        driver.use_device(self.device)
+    def use(self) -> AbstractContextManager[None]:
+        """Make the GPU current in this thread for a while, as most of the other functions expect."""
+        return driver.on_device(self.device)
 
     def alloc(self, size: int) -> int:
         """Return the address of `size` bytes.
@@ -29,17 +30,21 @@ class Gpu:
         Raises:
             UnsupportedError: there is not enough memory.
         """
-        self.use()
-        return int(check(bindings().cuMemAlloc(max(size, 16)), f"allocating {size:,} bytes on GPU {self.device}"))
+        with self.use():
+            return int(check(bindings().cuMemAlloc(max(size, 16)), f"allocating {size:,} bytes on GPU {self.device}"))
 
     def free(self, address: int) -> None:
         """Give memory back, once all work that uses it has finished."""
-        self.use()
-        check(bindings().cuMemFree(address), "freeing memory")
+        with self.use():
+            check(bindings().cuMemFree(address), "freeing memory")
 
     def stream(self) -> int:
         """Return a new stream that does not wait for the default one."""
         return int(check(bindings().cuStreamCreate(1), "making a stream"))
+
+    def free_stream(self, stream: int) -> None:
+        """Free a stream; what it still has to do is done."""
+        check(bindings().cuStreamDestroy(stream), "freeing a stream")
 
     def synchronize(self, stream: int) -> None:
         """Wait until a stream's work is done."""
@@ -72,6 +77,14 @@ class Gpu:
     def wait(self, stream: int, event: Any) -> None:
         """Let a stream wait for marked work."""
         check(bindings().cuStreamWaitEvent(stream, event, 0), "ordering two streams")
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until marked work is done; nothing where there is none."""
+        check(bindings().cuEventSynchronize(event), "waiting for the GPU")
+
+    def free_event(self, event: Any) -> None:
+        """Free an event."""
+        check(bindings().cuEventDestroy(event), "freeing an event")
 
     def elapsed_us(self, begin: Any, end: Any) -> float:
         """Return microseconds between two events that have passed."""
@@ -106,5 +119,5 @@ class Gpu:
 
     def free_graph(self, graph: Any) -> None:
         """Free a graph."""
-        self.use()
-        check(bindings().cuGraphExecDestroy(graph), "freeing a graph")
+        with self.use():
+            check(bindings().cuGraphExecDestroy(graph), "freeing a graph")
