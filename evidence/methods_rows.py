@@ -43,10 +43,11 @@ def wanted(nets: list[str], permuted: bool, retrained: bool) -> list[Key]:
 
 
 def sources_digest() -> str:
-    """Return a digest of the code that chooses masks and values."""
+    """Return a digest of the code that chooses masks and values; how a weight is packed for a kernel afterwards is not of it."""
     root = Path(twofour.__file__).parent
     chosen = ("statistics", "decide", "magnitude", "eligibility", "calibration")
-    files = sorted([*root.glob("pattern/*.py"), *root.glob("pruning/methods/*.py"), *(root / f"pruning/{name}.py" for name in chosen)])
+    pattern = [file for file in root.glob("pattern/*.py") if not file.name.startswith("pack_")]
+    files = sorted([*pattern, *root.glob("pruning/methods/*.py"), *(root / f"pruning/{name}.py" for name in chosen)])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
