@@ -14,6 +14,7 @@ ROOMS = [
     "version",
     "errors",
     "files",
+    "ort",
     "pattern",
     "oracle",
     "jit",
@@ -34,7 +35,7 @@ ROOMS = [
     "cli",
 ]
 # Rooms that must work where torch, onnx and a compiler are absent: whatever they need of those is imported inside a function.
-TORCH_FREE = ["errors", "files", "pattern", "oracle", "jit", "kernels", "timing", "plan", "runtime"]
+TORCH_FREE = ["errors", "files", "ort", "pattern", "oracle", "jit", "kernels", "timing", "plan", "runtime"]
 # A room may not import these rooms although they stand above it.
 FORBIDDEN = {"runtime": {"builder", "nn", "training", "pruning", "exchange", "sources"}}
 

@@ -14,6 +14,7 @@ from twofour.builder.specs import spec_of
 from twofour.errors import UnsupportedError
 from twofour.exchange.importer import fixed_batches, refuse_other_batch
 from twofour.exchange.inspect import inspect_model, parse_onnx_file
+from twofour.ort import FATAL, session
 from twofour.plan import Plan
 from twofour.plan.record import DTYPES, printable
 from twofour.version import __version__
@@ -25,12 +26,8 @@ def refuse_unrunnable(data: bytes, path: Path) -> None:
     Raises:
         UnsupportedError: it does not; the message holds its first line.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session(data, severity=FATAL)
     except Exception as error:
         # ONNX Runtime raises its own kinds for a bad model; they share no public base.
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__

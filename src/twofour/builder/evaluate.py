@@ -10,15 +10,14 @@ from twofour.builder.graph import Array, attribute, attributes_of, shape_of
 from twofour.errors import InputError, VerificationError
 from twofour.oracle.operators import run_operator
 from twofour.oracle.operators.common import wide
+from twofour.ort import session
 
 
 def run_fallback(node: ir.Node, inputs: list[Array]) -> list[Array]:
     """Return the outputs of a Fallback node's model, run by ONNX Runtime; floating values come and go in fp32."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(attribute(node, "model").tobytes(), providers=["CPUExecutionProvider"])
-    feeds = {i.name: x.astype(np.float32) if x.dtype == np.float64 else x for i, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [wide(np.asarray(y)) for y in session.run(None, feeds)]
+    opened = session(attribute(node, "model").tobytes())
+    feeds = {i.name: x.astype(np.float32) if x.dtype == np.float64 else x for i, x in zip(opened.get_inputs(), inputs, strict=True)}
+    return [wide(np.asarray(y)) for y in opened.run(None, feeds)]
 
 
 def random_inputs(model: ir.Model, seed: int = 0) -> dict[str, Array]:

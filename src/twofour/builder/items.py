@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from twofour.builder.graph import Array
 from twofour.errors import UnsupportedError
+from twofour.ort import FATAL, session
 from twofour.plan import ValueSpec
 from twofour.plan.record import one_line
 
@@ -68,13 +68,8 @@ def _agree(path: Path, names: list[str], batches: Sequence[dict[str, Array]], th
         UnsupportedError: ONNX Runtime cannot run the model.
     """
     try:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
-        session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found = list(zip(*(session.run(names, batch) for batch in batches), strict=True))
+        opened = session(path, severity=FATAL, threads=threads)
+        found = list(zip(*(opened.run(names, batch) for batch in batches), strict=True))
     except Exception as error:
         # ONNX Runtime raises its own kinds, which share no public base; it may not be installed either.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

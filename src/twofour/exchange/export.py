@@ -1,7 +1,6 @@
 """`export`: a torch module → an ONNX file that gives the same outputs and, if the module is 2:4, still is."""
 
 import copy
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from twofour.errors import InputError, UnsupportedError, VerificationError
 from twofour.exchange.aliases import with_aliases
 from twofour.exchange.inspect import Inspection, inspect
 from twofour.files import require_suffix, written_aside
+from twofour.ort import session
 from twofour.pruning import Pruning
 from twofour.pruning.capture import exporter_quiet, in_eval_mode
 from twofour.pruning.record import PRUNING_KEY
@@ -67,17 +67,15 @@ def reference_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[lis
 
 def compare(path: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """Return (largest error of the ONNX file against the module, tolerance) over two batch sizes of random inputs."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
+    opened = session(path)
+    names = [i.name for i in opened.get_inputs()]
     worst, tolerance = 0.0, 0.0
     generator = torch.Generator().manual_seed(0)
     for batch in (1, 3):
         repeats = [x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch] for x in inputs]
         varied = tuple(x + torch.rand(x.shape, generator=generator) * x.std() if x.is_floating_point() else x for x in repeats)
         single, double = reference_outputs(model, varied)
-        results = session.run(None, dict(zip(names, [x.numpy() for x in varied], strict=True)))
+        results = opened.run(None, dict(zip(names, [x.numpy() for x in varied], strict=True)))
         for result, expected in zip(results, single, strict=True):
             wanted = expected.double().numpy()
             if not np.isfinite(wanted).all():

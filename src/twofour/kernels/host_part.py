@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from twofour.errors import MissingExtraError, UnsupportedError
 from twofour.oracle.pointwise import bf16_bits, bf16_values
+from twofour.ort import ERRORS, session
 
 Array = npt.NDArray[Any]
 # Element types as NumPy holds them: bf16 as its bits.
@@ -27,15 +28,11 @@ class HostPart:
         Raises:
             MissingExtraError: ONNX Runtime is not installed. UnsupportedError: it refuses the model.
         """
+        self._name, self._inputs, self._outputs = name, inputs, outputs
         try:
-            import onnxruntime
+            self._session = session(model, severity=ERRORS)
         except ImportError as e:
             raise MissingExtraError(f"step {name!r} runs on the CPU and needs onnxruntime ({e}); pip install onnxruntime") from e
-        self._name, self._inputs, self._outputs = name, inputs, outputs
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             # ONNX Runtime raises its own kinds for a bad model; they share no public base.
             raise UnsupportedError(f"ONNX Runtime refuses the fallback {name!r}: {str(error).splitlines()[0]}") from error

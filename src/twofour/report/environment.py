@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from twofour.ort import session
 from twofour.report.record import Environment
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numba", "safetensors", "scikit-learn")
@@ -97,11 +98,10 @@ def backends() -> list[Backend]:
 def _runs_relu() -> bool:
     """Whether ONNX Runtime computes max(x, 0) of two numbers."""
     import numpy as np
-    import onnxruntime
     from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return bool((session.run(None, {"x": np.array([-1, 2], np.float32)})[0] == [0, 2]).all())
+    found = session(model.SerializeToString()).run(None, {"x": np.array([-1, 2], np.float32)})[0]
+    return bool((found == [0, 2]).all())

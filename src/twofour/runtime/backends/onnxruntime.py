@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twofour.errors import MissingExtraError, PlanFormatError, UnsupportedError
+from twofour.ort import ERRORS, session
 from twofour.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -37,19 +38,11 @@ class OnnxRuntimeBackend:
                 raise PlanFormatError(f"plan: it describes the {kind}s {said}, the model inside has {found}; build it again")
 
     def _make_session(self, profile_prefix: str | None = None) -> Any:
+        model = self._plan.payload["onnx"].tobytes()
         try:
-            import onnxruntime
+            return session(model, severity=ERRORS, threads=self._num_threads, profile_prefix=profile_prefix)
         except ModuleNotFoundError as error:
             raise MissingExtraError("the onnxruntime backend needs onnxruntime; pip install onnxruntime") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if self._num_threads is not None:
-            options.intra_op_num_threads = self._num_threads
-        if profile_prefix is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = profile_prefix
-        try:
-            return onnxruntime.InferenceSession(self._plan.payload["onnx"].tobytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             # ONNX Runtime raises its own kinds for a bad model; they share no public base.
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
