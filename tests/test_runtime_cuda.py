@@ -392,7 +392,7 @@ TOLD: list[tuple[str, int]] = []
 
 @pytest.fixture
 def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` is empty."""
+    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` and `KEPT` are empty."""
     entered = [SimpleNamespace(cuda_stream=5)]
 
     @contextmanager
@@ -400,6 +400,7 @@ def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         entered.append(stream)
         yield
         entered.pop()
+KEPT: list[int] = []  # what the allocator may not reuse at once
 
     def empty(*args: Any, **options: Any) -> torch.Tensor:
         TOLD.append(("made", entered[-1].cuda_stream))
@@ -412,13 +413,18 @@ def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda at, device: SimpleNamespace(cuda_stream=at or 99))
     monkeypatch.setattr(torch.cuda, "stream", entering)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: TOLD.append((f"used {tensor.ndim}", stream.cuda_stream)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     return entered
 
 
 @pytest.mark.parametrize("stream", [0, 7])
+    def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+        TOLD.append((f"used {tensor.ndim}", stream.cuda_stream))
+        KEPT.append(tensor.data_ptr())
+
 def test_torch_copies_and_allocates_in_the_order_of_the_stream_that_is_given(stream: int, torchs_streams: list[Any]) -> None:
     array = images(4)
+    KEPT.clear()
     x = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 2, 3, 1))).as_subclass(OnTorchsGpu).permute(0, 3, 1, 2)
     y = backend().call([x], stream)
     assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
@@ -435,6 +441,7 @@ def two_inputs() -> Plan:
 
 
 def test_a_call_with_host_memory_or_borrowed_memory_among_its_inputs_waits(torchs_streams: list[Any]) -> None:
+    assert [x.data_ptr(), y.data_ptr()] == KEPT  # the copy is of the stream that reads it, the original is not
     engine, array, z = backend(two_inputs()), images(4), np.ones((4, 2), np.float32)
     x = torch.from_numpy(array).as_subclass(OnTorchsGpu)
     for second in (z, OnFakeGpu(z), torch.from_numpy(z)):
