@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,43 @@ def test_channels_of_small_scales_keep_their_digits(cache: Path, tmp_path: Path)
     found = np.asarray(twofour.load(path.with_suffix(".plan"))(x))
     # Two layers round; each channel by its own size.
     assert np.all(np.abs(found - wanted).max(0) <= 8 * ROUNDING["fp16"] * np.sqrt(2) * np.abs(wanted).max(0))
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_threads_that_come_and_go_leave_the_libraries_whole(cache: Path, tmp_path: Path) -> None:
+    """A thread's stream is freed with it, while cuDNN's handle, which all threads share, launched on it last."""
+    path = tmp_path / "model.onnx"
+    onnx.save(network("resnet"), path)
+    plan = build(path, batch=(2,), precision="fp16", device="cuda", timing_cache=cache)
+    assert "cudnn" in plan.needs
+    engine = twofour.load(plan)
+    (x,) = engine.random_inputs(2)
+    wanted, found = np.asarray(engine(x)), []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: found.append(np.asarray(engine(x))))
+        thread.start()
+        thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(y, wanted) for y in found)
+
+
+def half_network() -> onnx.ModelProto:
+    """A product whose file takes, holds and gives fp16."""
+    weight = (np.random.default_rng(0).standard_normal((64, 32)) / 8).astype(np.float16)
+    return onnx.shape_inference.infer_shapes(text_model("float16[N,64] x", "y = MatMul(x, w)", "float16[N,32] y", w=weight))
+
+
+@pytest.mark.usefixtures("few_plans")
+def test_an_engine_of_a_file_of_halves_takes_and_gives_fp32(cache: Path, tmp_path: Path) -> None:
+    path, model = tmp_path / "model.onnx", half_network()
+    onnx.save(model, path)
+    engine = twofour.load(build(path, batch=(4,), precision="fp16", device="cuda", timing_cache=cache))
+    for items in (4, 3, 9):
+        x = np.random.default_rng(items).standard_normal((items, 64)).astype(np.float16).astype(np.float32)
+        y = np.asarray(engine(x))
+        wanted = x.astype(np.float64) @ onnx.numpy_helper.to_array(model.graph.initializer[0])
+        assert (y.shape, y.dtype) == ((items, 32), np.float32)
+        assert np.abs(y - wanted).max() <= 8 * ROUNDING["fp16"] * np.abs(wanted).max()
 
 
 @pytest.mark.usefixtures("few_plans")

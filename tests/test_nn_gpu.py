@@ -175,6 +175,28 @@ def test_compiled(mode: str, tokens: int) -> None:
             assert torch.equal(compiled(x).clone(), model(x)), seed
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training(mode: str) -> None:
+    """fp32 weights under autocast: what is packed in the compiled graph is what eager packs, step after step, and the mask holds."""
+    layer = TrainableLinear24.from_linear(pruned_linear(264, 136, torch.float32).cuda(), dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    for seed in range(4):
+        x = normal(20, 264, dtype=torch.float32, seed=seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = compiled(x)
+            assert torch.equal(y, layer(x)), seed
+            assert torch.equal(y, layer.freeze()(x)), seed
+        y.float().square().sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.any()
+        assert not layer.weight.grad[~layer.mask].any()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter -= 1e-3 * parameter.grad
+                parameter.grad = None
+
+
 def test_compiled_gradients_of_changing_sizes() -> None:
     model = a_model()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -192,6 +214,14 @@ def test_exported(tmp_path: Path) -> None:
     more = normal(77, 256)
     with torch.no_grad():
         assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(more), model(more))
+
+
+def test_the_trainable_form_is_exported() -> None:
+    layer, x = TrainableLinear24.from_linear(pruned_linear(264, 136).cuda()), normal(5, 264)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    more = normal(77, 264)
+    with torch.no_grad():
+        assert torch.equal(program.module()(more), layer(more))
 
 
 def captured(model: nn.Module, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

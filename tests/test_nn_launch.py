@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from nn_layers import pruned_linear, within_rounding
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twofour.kernels.gemm import Config, Problem
-from twofour.nn import Linear24, launch
+from twofour.nn import Linear24, TrainableLinear24, launch
 from twofour.nn.packing import unpack_weight
 
 
@@ -195,3 +196,21 @@ def test_the_trainable_form_launches_too(world: World) -> None:
     assert len(HostGemm.made) == 1
     assert layer.weight.grad is not None
     assert not layer.weight.grad[~layer.mask].any()
+
+
+def test_a_bias_of_fp32_is_rounded_where_no_compiler_sees_it(world: World) -> None:
+    """Inductor drops the first of two casts in a row, so that a compiled layer would add another bias than the frozen one."""
+    seen: list[torch.Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.extend(args[4:] if func is torch.ops.twofour.linear24_masked.default else ())
+            return func(*args, **kwargs or {})
+
+    layer = TrainableLinear24.from_linear(pruned_linear(72, 40, torch.float32), dtype=torch.bfloat16)
+    x = torch.randn(64, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad(), Watch():
+        y = layer(x)
+    assert torch.equal(seen[0], layer.bias)
+    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+    assert torch.equal(y, layer.freeze()(x))

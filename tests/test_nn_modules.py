@@ -147,13 +147,18 @@ def test_a_state_that_does_not_fit(change: Any, message: str) -> None:
         (lambda: nn.Sequential(), "0: the state holds a packed layer of this name, the model none; build the same model"),
         (lambda: nn.Sequential(nn.Linear(64, 48)), r"0: the state holds a weight \[40, 64\], the model \[48, 64\]"),
         (lambda: a_model().append(nn.Linear(8, 8)), "restore: the state does not fit the model: .*Missing key.*3.weight"),
+        (lambda: nn.Sequential(*a_model()[:2], nn.ReLU()), "2: the state holds a packed linear layer, the model a ReLU"),
     ],
 )
-def test_a_state_of_another_model(make: Any, message: str) -> None:
-    model = a_model()
+def test_a_state_of_another_model_leaves_its_layers(make: Any, message: str) -> None:
+    model, other = a_model(), make()
     convert(model)
+    before = [(name, id(layer)) for name, layer in other.named_modules()]
+    values = [p.detach().clone() for p in other[0].parameters()] if len(other) else []
     with pytest.raises(InputError, match=message):
-        restore(make(), model.state_dict())
+        restore(other, model.state_dict())
+    assert [(name, id(layer)) for name, layer in other.named_modules()] == before
+    assert all(torch.equal(p, old) for p, old in zip(other[0].parameters() if values else (), values, strict=True))
 
 
 # Moving and copying.

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fake_gpu import FakeGpu
 from plan_samples import CHANNELS, SIDE, expected, plan, program
 
 from twofour.errors import InputError, PlanFormatError, UnsupportedError
+from twofour.jit.driver import _primary_context
 from twofour.plan import Plan, ValueSpec
 from twofour.runtime.backends.cuda import CudaBackend
 from twofour.runtime.backends.cuda.batches import Chunk, chunks
@@ -322,16 +324,23 @@ def test_a_weight_that_another_cusparselt_compressed_is_refused(installed: str) 
 
 
 class FakeDriver:
-    """Contexts of GPUs as the driver keeps them: that of GPU n is 10 + n, 0 is none."""
+    """Contexts of GPUs as the driver keeps them: that of GPU n is 10 + n, 0 is none. Some other thread captures a graph."""
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
 
     def __init__(self, current: int) -> None:
-        self.current = current
+        self.current, self.mode, self.retained = current, 0, 0
 
     def cuDeviceGet(self, device: int) -> tuple[int, int]:
         return 0, device
 
     def cuDevicePrimaryCtxRetain(self, handle: int) -> tuple[int, int]:
+        self.retained += 1
         return 0, 10 + handle
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
 
     def cuCtxGetCurrent(self) -> tuple[int, int]:
         return 0, self.current
@@ -341,10 +350,12 @@ class FakeDriver:
         return (0,)
 
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        assert self.mode == 2, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
         return 0, 1000 * self.current
 
     def cuMemFree(self, address: int) -> tuple[int]:
-        assert address == 1000 * self.current
+        assert (address, self.mode) == (1000 * self.current, 2)
+        self.freed = address
         return (0,)
 
 
@@ -353,6 +364,7 @@ def test_the_callers_gpu_is_current_again_afterwards(monkeypatch: pytest.MonkeyP
     driver = FakeDriver(before)
     for place in ("twofour.jit.driver", "twofour.runtime.backends.cuda.gpu"):
         monkeypatch.setattr(f"{place}.bindings", lambda: driver)
+    monkeypatch.setattr("twofour.jit.driver._primary_context", cache(_primary_context.__wrapped__))
     monkeypatch.setattr("twofour.jit.driver.num_sms", lambda device: 132)
     gpu = Gpu(1)
     memory = Memory(gpu, 100)
@@ -362,7 +374,7 @@ def test_the_callers_gpu_is_current_again_afterwards(monkeypatch: pytest.MonkeyP
     assert driver.current == before
     del memory
     gc.collect()
-    assert driver.current == before
+    assert (driver.freed, driver.current, driver.mode, driver.retained) == (11_000, before, 0, 1)
 
 
 def test_work_outside_a_call_is_put_on_the_engines_gpu() -> None:
@@ -388,11 +400,12 @@ class OnTorchsGpu(torch.Tensor):
 
 OnTorchsGpu.__module__ = "torch"
 TOLD: list[tuple[str, int]] = []
+KEPT: list[int] = []  # what the allocator may not reuse at once
 
 
 @pytest.fixture
 def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` is empty."""
+    """Torch's current streams, the innermost last, with 5 the current one at first; `TOLD` and `KEPT` are empty."""
     entered = [SimpleNamespace(cuda_stream=5)]
 
     @contextmanager
@@ -405,14 +418,19 @@ def torchs_streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         TOLD.append(("made", entered[-1].cuda_stream))
         return made(*args, **options).as_subclass(OnTorchsGpu)
 
+    def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+        TOLD.append((f"used {tensor.ndim}", stream.cuda_stream))
+        KEPT.append(tensor.data_ptr())
+
     made = torch.empty
     TOLD.clear()
+    KEPT.clear()
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered[-1])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda at, device: SimpleNamespace(cuda_stream=at or 99))
     monkeypatch.setattr(torch.cuda, "stream", entering)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: TOLD.append((f"used {tensor.ndim}", stream.cuda_stream)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     return entered
 
 
@@ -423,6 +441,7 @@ def test_torch_copies_and_allocates_in_the_order_of_the_stream_that_is_given(str
     y = backend().call([x], stream)
     assert np.array_equal(y.numpy(), expected(array).astype(np.float32))
     assert [("copied", stream), ("made", stream), ("used 4", stream), ("used 2", 5)] == TOLD
+    assert [x.data_ptr(), y.data_ptr()] == KEPT  # the copy is of the stream that reads it, the original is not
     TOLD.clear()
     backend().call([x])
     assert TOLD == [("copied", 5), ("made", 5)]

@@ -159,16 +159,62 @@ def test_threads_agree_and_memory_comes_back() -> None:
     assert torch.cuda.mem_get_info()[0] >= free - (64 << 20)
 
 
-def test_inside_a_callers_graph() -> None:
-    engine, x = twofour.load(plan()), images(4)
-    engine(x)  # the engine's own graph is made before
+@pytest.mark.parametrize("items", [4, 3])  # three are filled up to four, in buffers that are made during the capture
+def test_inside_a_callers_graph(items: int) -> None:
+    engine, x = twofour.load(plan()), images(items)
+    engine(images(4))  # the engine's own graph is made before
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = engine(x)
-    x.copy_(images(4, 1))
+    x.copy_(images(items, 1))
     graph.replay()
     torch.cuda.synchronize()
     check(y, x)
+
+
+def test_engines_are_called_and_go_while_another_graph_is_captured() -> None:
+    """By default a capture of torch forbids every thread to allocate, free and wait, and one that does ends the capture."""
+    engines, x, host = [twofour.load(plan()) for _ in range(3)], images(4), images(4, 1).cpu().numpy()
+    for engine in engines:
+        engine(x)
+    found, other, graph = [], torch.zeros(8, device="cuda"), torch.cuda.CUDAGraph()
+
+    def work() -> None:
+        engines.pop()
+        gc.collect()
+        found.append(engines[0](host))  # makes this thread's context and captures a graph of its own
+
+    del engine
+    thread = threading.Thread(target=work)
+    gc.collect()  # what other tests left is not asked about
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        other += 1
+        thread.start()
+        thread.join()
+        del engines[1:]
+        gc.collect()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert other.tolist() == [1] * 8
+    check(found[0], torch.from_numpy(host))
+
+
+def test_torch_goes_on_in_a_fresh_thread_after_a_call() -> None:
+    engine, host, found = twofour.load(plan()), images(4).cpu().numpy(), []
+
+    def work() -> None:
+        y = engine(host)  # no context was current before, and none is after
+        x = torch.from_numpy(host).cuda()
+        found.extend([y, engine(x), float(torch.ones(3, device="cuda").sum())])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    y, on_gpu, three = found
+    check(y, torch.from_numpy(host))
+    check(on_gpu, torch.from_numpy(host))
+    assert three == 3
 
 
 def test_embedded_kernels_run_without_torch_and_without_a_compiler(file: Path, tmp_path: Path) -> None:

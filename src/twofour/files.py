@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,12 +10,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from twofour.errors import InputError
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def require_writable(path: str | Path) -> None:
@@ -40,17 +35,20 @@ def require_writable(path: str | Path) -> None:
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Give the body a path beside `path` to write to; after it, that file takes the place of `path` in one step.
 
-    If the body raises, `path` stays as it was and nothing is left over. Safe with many processes: the last to finish wins.
+    If the body raises, `path` stays as it was and nothing is left over. Safe with many processes and threads: the last to finish wins.
 
     Raises:
         InputError: the folder does not exist, is not writable, or the disk is full.
     """
     path = Path(path)
     require_writable(path)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    aside = path.with_name(f".{secrets.randbelow(10**12)}.{path.name}")
     try:
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        # As the system makes it for everyone; what the body puts in its place may be for its owner alone.
+        mode = aside.stat().st_mode & 0o777
         yield aside
-        aside.chmod(0o666 & ~_umask())
+        aside.chmod(mode)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -102,15 +102,20 @@ def bus_id(device: int) -> str:
     return bytes(found).split(b"\0")[0].decode()
 
 
+@cache
+def _primary_context(device: int) -> Any:
+    """GPU `device`'s primary context, held until the process ends; asked for once, because the driver counts its holders."""
+    d = bindings()
+    return check(d.cuDevicePrimaryCtxRetain(check(d.cuDeviceGet(device), f"finding GPU {device}")), f"using GPU {device}")
+
+
 def use_device(device: int) -> Any:
     """Make GPU `device`'s primary context current in this thread, as every CUDA runtime user shares it.
 
     Returns:
         The context that was current before, which may be none; `None` if it is the same.
     """
-    d = bindings()
-    handle = check(d.cuDeviceGet(device), f"finding GPU {device}")
-    context = check(d.cuDevicePrimaryCtxRetain(handle), f"using GPU {device}")
+    d, context = bindings(), _primary_context(device)
     before = check(d.cuCtxGetCurrent(), "asking for the context")
     if int(before) == int(context):
         return None
@@ -120,13 +125,19 @@ def use_device(device: int) -> Any:
 
 @contextmanager
 def on_device(device: int) -> Iterator[None]:
-    """Make GPU `device` current for the body; then the caller's is again, on which its next allocations and launches shall be."""
-    before = use_device(device)
+    """Make GPU `device` current for the body; then the caller's is again, on which its next allocations and launches shall be.
+
+    NOTE: while a graph is captured in the driver's usual mode, an allocation, a free or a wait fails in every thread and ends the capture.
+    The body may do all three, a destructor above all, which runs when it likes; none of them is recorded.
+    """
+    d, before = bindings(), use_device(device)
+    mode = check(d.cuThreadExchangeStreamCaptureMode(d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED), "setting the capture mode")
     try:
         yield
     finally:
+        check(d.cuThreadExchangeStreamCaptureMode(mode), "setting the capture mode")
         if before is not None:
-            check(bindings().cuCtxSetCurrent(before), "going back to the caller's GPU")
+            check(d.cuCtxSetCurrent(before), "going back to the caller's GPU")
 
 
 def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int) -> int:

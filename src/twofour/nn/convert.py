@@ -330,7 +330,8 @@ def _under_all_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
 def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return `model` with the layers that are packed in `state_dict` replaced by `Linear24`, and the state loaded, strictly.
 
-    A layer that the model holds under several names stays one. What is on the meta device takes the tensors of the state.
+    A layer that the model holds under several names stays one. What is on the meta device takes the tensors of the state. Where the state
+    does not fit, the model keeps its layers; as with `load_state_dict`, others that fit may have been loaded.
 
     `safetensors.torch.load_file` of what `save_file(model.state_dict(), path)` wrote gives such a state, and of what `save_model` wrote,
     which keeps one name of each tensor.
@@ -341,7 +342,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise InputError(f"restore: the state is a {kind}, expected names and tensors; load a file with safetensors.torch.load_file")
-    places = dict(_places(model))
+    places, made = dict(_places(model)), dict[nn.Linear, Linear24]()
     for key in state_dict:
         name, _, last = key.rpartition(".")
         if last != "packed" or f"{name}._extra_state" not in state_dict:
@@ -357,12 +358,18 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         dtype, rows, inputs = read_extra_state(state_dict[f"{name}._extra_state"], name)
         if (rows, inputs) != (old.out_features, old.in_features):
             raise InputError(f"{name}: the state holds a weight [{rows}, {inputs}], the model [{old.out_features}, {old.in_features}]")
-        layer = Linear24(inputs, rows, f"{name}.bias" in state_dict, old.weight.device, dtype)
-        layer.train(old.training)
-        for place in places[old]:
-            model.set_submodule(place, layer)
+        if old not in made:
+            made[old] = Linear24(inputs, rows, f"{name}.bias" in state_dict, old.weight.device, dtype).train(old.training)
     try:
+        for old, layer in made.items():
+            for place in places[old]:
+                model.set_submodule(place, layer)
         model.load_state_dict(_under_all_names(model, state_dict), assign=any(t.is_meta for t in (*model.parameters(), *model.buffers())))
-    except RuntimeError as e:
-        raise InputError(f"restore: the state does not fit the model: {' '.join(str(e).split())}; build the same model") from e
+    except BaseException as e:
+        for old in made:
+            for place in places[old]:
+                model.set_submodule(place, old)
+        if isinstance(e, RuntimeError):
+            raise InputError(f"restore: the state does not fit the model: {' '.join(str(e).split())}; build the same model") from e
+        raise
     return model

@@ -312,8 +312,7 @@ class TrainableLinear24(nn.Module):
         if forward_ad._current_level >= 0:
             raise UnsupportedError("TrainableLinear24: forward-mode derivatives are not built, expected backward ones; use Linear24")
         packed = repack(self.weight.detach(), self.index, self.metadata.view(torch.int16), self.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype).float()
-        y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, bias)
+        y: Tensor = torch.ops.twofour.linear24_masked(x, self.weight, self.mask, packed, self.bias)
         return y
 
     def freeze(self) -> Linear24:

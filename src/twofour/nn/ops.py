@@ -2,7 +2,7 @@
 
 `twofour::linear24`             y = x . W^T + b                      with W packed
 `twofour::linear24_input_grad`  g . W, the gradient with respect to x
-`twofour::linear24_masked`      y = x . (W * mask)^T + b             W packed now, its dense form given for the gradients
+`twofour::linear24_masked`      y = x . (W * mask)^T + b             W packed now, its dense form given for the gradients; b of any dtype
 
 `define` and `impl` instead of `custom_op`, which costs 5 us more a call.
 """
@@ -67,8 +67,13 @@ def _linear24_input_grad(grad: Tensor, packed: Tensor, rows: int, inputs: int, d
         return torch.matmul(grad.contiguous(), dense_of(packed, rows, inputs, dtype))
 
 
+def _rounded(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias rounded to the product's dtype, in the fp32 that the kernel adds. NOTE: of two casts in a row a compiler drops the first."""
+    return None if bias is None else bias.to(dtype).float()
+
+
 def _linear24_masked(x: Tensor, weight: Tensor, mask: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    rows, inputs = weight.shape
+    (rows, inputs), bias = weight.shape, _rounded(bias, x.dtype)
     check(x, packed, bias, rows, inputs, x.dtype)
     if launch.runs_on(x.device):
         return launch.linear(x, packed, bias, rows, inputs)
@@ -85,7 +90,7 @@ def _fake_input_grad(grad: Tensor, packed: Tensor, rows: int, inputs: int, dtype
 
 
 def _fake_masked(x: Tensor, weight: Tensor, mask: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    check(x, packed, bias, weight.shape[0], weight.shape[1], x.dtype)
+    check(x, packed, _rounded(bias, x.dtype), weight.shape[0], weight.shape[1], x.dtype)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -125,7 +130,8 @@ def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_masked(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, mask, _, _ = inputs
+    x, weight, mask, _, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, mask)
 
 
@@ -139,7 +145,8 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             gx = torch.matmul(grad, torch.where(mask, weight, 0).to(grad.dtype))
         if ctx.needs_input_grad[1]:
             gw = torch.where(mask, torch.matmul(grad.reshape(-1, rows).t(), x.reshape(-1, inputs)), 0).to(weight.dtype)
-    gb = _sum_tokens(grad) if ctx.needs_input_grad[4] else None
+    # By way of the product's dtype, as `nn.Linear` under autocast gives it.
+    gb = _sum_tokens(grad).to(grad.dtype).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
     return gx, gw, None, None, gb
 
 

@@ -5,7 +5,6 @@ A run is cut into parts of at most `PART_S`: each finished row is written at onc
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from twofour.builder.tactics.gemm import CUBLASLT_ALGORITHMS, Operands, Prepared, Tactic, prepare
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
-from twofour.files import require_writable
+from twofour.files import require_writable, write_text
 from twofour.jit.driver import num_sms
 from twofour.kernels.gemm import contract
 from twofour.kernels.gemm.contract import Problem
@@ -190,9 +189,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
-    fresh.rename(path)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def machine(watch: Stopwatch) -> dict[str, Any]:

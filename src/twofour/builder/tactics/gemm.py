@@ -4,9 +4,7 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from twofour.builder.tactics.versions import installed
 from twofour.errors import InputError, MissingExtraError, UnsupportedError
+from twofour.files import write_text
 from twofour.jit.driver import Buffer, bindings, check, num_sms
 from twofour.kernels.gemm import contract, cublaslt, cusparselt
 from twofour.kernels.gemm.contract import Config, Problem
@@ -263,16 +262,12 @@ def _recall(path: Path, candidates: Sequence[Tactic]) -> Choice | None:
 
 def _remember(path: Path, choice: Choice) -> None:
     text = json.dumps({"tactic": str(choice.tactic), "times_us": choice.times_us, "left_out": choice.left_out}, indent=1)
-    fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text)
-        fresh.rename(path)
-    except OSError as e:
-        raise InputError(f"cache folder {path.parent} cannot be written ({e.strerror}); set TWOFOUR_CACHE_DIR to one that can") from e
-    finally:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)
+        write_text(path, text)
+    except (OSError, InputError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"cache folder {path.parent} cannot be written ({reason}); set TWOFOUR_CACHE_DIR to one that can") from e
 
 
 def synchronize() -> None:

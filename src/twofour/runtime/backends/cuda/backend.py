@@ -215,10 +215,10 @@ class CudaBackend:
                 # Of a call that fails on its way, the next one on another stream waits for what was put.
                 context.mark(where)
         if other is not None:
-            # The allocator must not reuse inputs before the engine's stream is done with them, nor outputs before the caller's is.
-            for tensors, reader in (([g.alive for g in given_inputs], other), (results, theirs)):
+            # The allocator must not reuse inputs before the engine's stream has read or copied them, nor outputs before the caller's has.
+            for tensors, reader in ((inputs, other), (results, theirs)):
                 for tensor in tensors:
-                    if is_torch(tensor):
+                    if is_torch(tensor) and tensor.is_cuda:
                         tensor.record_stream(reader)
         return self._finish(inputs[0], given_inputs, results, where)
 
