@@ -142,11 +142,16 @@ def test_host_tensors_of_torch_come_back_as_such() -> None:
 
 def test_two_streams_of_one_thread_are_put_in_order() -> None:
     engine, x = backend(), OnFakeGpu(images(4))
-    engine.call([x], 7)
-    engine.call([x], 7)
-    assert engine.gpu.log.count("wait on 7") == 1
+    engine.call([x], 1)
+    engine.call([x], 1)
+    assert engine.gpu.log.count("wait on 1") == 1
     engine.call([x], 8)
-    assert engine.gpu.log.count("wait on 8") == 1
+    engine.call([x], 8)  # which may be another stream by now
+    assert engine.gpu.log.count("wait on 8") == 2
+    own = engine.context().stream
+    engine.call([images(4)])
+    engine.call([images(4)])
+    assert engine.gpu.log.count(f"wait on {own}") == 1
 
 
 def test_a_callers_capture_is_not_crossed_by_a_wait() -> None:

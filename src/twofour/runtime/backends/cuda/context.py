@@ -82,6 +82,9 @@ class Memory:
             self._gpu.free(self.address)
 
 
+DEFAULT_STREAMS = (0, 1, 2)  # the driver's two, one of them under two addresses
+
+
 class Context:
     """Arena, workspace, buffers for inputs and outputs, graphs, and a stream. Used by one thread; calls on two streams are put in order."""
 
@@ -147,10 +150,13 @@ class Context:
     def order(self, stream: int) -> None:
         """Let `stream` wait for this context's last call, if that was on another one.
 
+        A caller's stream may have been destroyed and made anew at the same address: only the default ones and the context's own last.
+
         NOTE: a stream whose work its owner captures must not wait for work outside the capture; the owner puts the replays in order.
         """
         self._is_captured = self.gpu.is_capturing(stream)
-        if self._last_stream != stream and not self._is_captured:
+        is_same = stream == self._last_stream and stream in (*DEFAULT_STREAMS, self.stream)
+        if not is_same and not self._is_captured:
             self.gpu.wait(stream, self.done)
             self._last_stream = stream
 
