@@ -6,17 +6,19 @@ that a run repeats exactly.
 
     python evidence/narrow.py OUT.json
 
-checks every kernel against float64 and writes which configuration, or cuDNN, was the fastest on this GPU; `NARROW_CHOICES` names that file
-to the experiments. Without it they use cuDNN.
+checks every kernel, these and those of `depthwise_training.py`, against float64 and writes which configuration, or cuDNN, was the fastest
+on this GPU; `NARROW_CHOICES` names that file to the experiments. Without it they use cuDNN.
 """
 
 import argparse
+import itertools
 import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import depthwise_training
 import torch
 import triton
 import triton.language as tl
@@ -174,7 +176,7 @@ class NarrowConv(nn.Conv2d):
 
 
 def use_narrow(model: nn.Module) -> int:
-    """Let the model's convolutions of this kind run here where a kernel was chosen; return how many do."""
+    """Let the model's narrow and depthwise convolutions run on our kernels where a kernel was chosen; return how many do."""
     count = 0
     for module in model.modules():
         if type(module) is nn.Conv2d and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1)):
@@ -182,7 +184,7 @@ def use_narrow(model: nn.Module) -> int:
             if alike and any(f"{kind} {module.out_channels}" in choices() for kind in ("forward", "input", "weight")):
                 module.__class__ = NarrowConv
                 count += 1
-    return count
+    return count + depthwise_training.use_depthwise(model)
 
 
 def candidates(channels: int) -> Iterator[Candidate]:
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    measure(cases(), a.out)
+    measure(itertools.chain(cases(), depthwise_training.cases()), a.out)
 
 
 if __name__ == "__main__":
