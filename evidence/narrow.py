@@ -6,30 +6,28 @@ that a run repeats exactly.
 
     python evidence/narrow.py OUT.json
 
-checks every kernel against float64 and writes which configuration, or cuDNN, was the fastest on this GPU; `NARROW_CHOICES` names that file
-to the experiments. Without it they use cuDNN.
+checks every kernel, these and those of `depthwise_training.py`, against float64 and writes which configuration, or cuDNN, was the fastest
+on this GPU; `NARROW_CHOICES` names that file to the experiments. Without it they use cuDNN.
 """
 
 import argparse
-import json
+import itertools
 import logging
-import os
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import depthwise_training
 import torch
 import triton
 import triton.language as tl
+from kernel_choices import Candidate, Case, Operands, choices, distance, last, library_conv, library_gradients, measure, random_operands
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton.errors import TritonError
 
-log = logging.getLogger("narrow")
 SPLITS = 528
 SHAPES = ((16, 32), (32, 16), (64, 8))  # channels, height and width
-BATCH = 512
 # rows of pixels, warps, stages; with the number of weight rows at once for the weight's gradient
 PRODUCTS = ((64, 4, 2), (64, 2, 1), (128, 4, 1), (128, 4, 3), (256, 4, 2), (256, 8, 3))
 GRADIENTS = ((64, 128, 4, 2), (64, 256, 4, 2), (64, 256, 8, 3), (128, 64, 4, 3), (128, 128, 4, 2), (32, 256, 4, 3))
@@ -115,29 +113,13 @@ def launch_gradient(above: Tensor, x: Tensor, rows: int, depth: int, warps: int,
     return parts.sum(0).to(x.dtype).view(channels, 3, 3, channels).permute(0, 3, 1, 2)
 
 
-@cache
-def choices() -> dict[str, list[int]]:
-    """Return the configuration to use by kind and channels: of what this GPU was measured to be faster with than cuDNN."""
-    path = os.environ.get("NARROW_CHOICES", "")
-    return json.loads(Path(path).read_text(encoding="utf-8"))["choices"] if path and Path(path).exists() else {}
-
-
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _library_gradients(above: Tensor, x: Tensor, weight: Tensor, which: list[bool]) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten.convolution_backward(above, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*which, False])
-    return found[0], found[1]
-
-
 @torch.library.custom_op("evidence::narrow_conv", mutates_args=())
 def narrow_conv(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution, stride 1 and padding 1."""
     chosen = choices().get(f"forward {x.shape[1]}")
     if chosen is None:
-        return F.conv2d(x, weight, padding=1)
-    return launch_product(_last(x), weight, False, *chosen)
+        return library_conv(x, weight)
+    return launch_product(last(x), weight, False, *chosen)
 
 
 @torch.library.custom_op("evidence::narrow_conv_input", mutates_args=())
@@ -145,8 +127,8 @@ def narrow_conv_input(above: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the input."""
     chosen = choices().get(f"input {x.shape[1]}")
     if chosen is None:
-        return _library_gradients(above, x, weight, [True, False])[0]
-    return launch_product(_last(above), weight, True, *chosen)
+        return library_gradients(above, x, weight, [True, False])[0]
+    return launch_product(last(above), weight, True, *chosen)
 
 
 @torch.library.custom_op("evidence::narrow_conv_weight", mutates_args=())
@@ -154,8 +136,8 @@ def narrow_conv_weight(above: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight."""
     chosen = choices().get(f"weight {x.shape[1]}")
     if chosen is None:
-        return _library_gradients(above, x, weight, [False, True])[1]
-    return launch_gradient(_last(above), _last(x), *chosen)
+        return library_gradients(above, x, weight, [False, True])[1]
+    return launch_gradient(last(above), last(x), *chosen)
 
 
 @narrow_conv.register_fake
@@ -194,7 +176,7 @@ class NarrowConv(nn.Conv2d):
 
 
 def use_narrow(model: nn.Module) -> int:
-    """Let the model's convolutions of this kind run here where a kernel was chosen; return how many do."""
+    """Let the model's narrow and depthwise convolutions run on our kernels where a kernel was chosen; return how many do."""
     count = 0
     for module in model.modules():
         if type(module) is nn.Conv2d and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1)):
@@ -202,14 +184,14 @@ def use_narrow(model: nn.Module) -> int:
             if alike and any(f"{kind} {module.out_channels}" in choices() for kind in ("forward", "input", "weight")):
                 module.__class__ = NarrowConv
                 count += 1
-    return count
+    return count + depthwise_training.use_depthwise(model)
 
 
-def candidates(channels: int) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+def candidates(channels: int) -> Iterator[Candidate]:
     """Give kind, configuration and call on (above, x, weight) of every kernel; an empty configuration is cuDNN."""
-    yield "forward", (), lambda above, x, weight: F.conv2d(x, weight, padding=1)
-    yield "input", (), lambda above, x, weight: _library_gradients(above, x, weight, [True, False])[0]
-    yield "weight", (), lambda above, x, weight: _library_gradients(above, x, weight, [False, True])[1]
+    yield "forward", (), lambda above, x, weight: library_conv(x, weight)
+    yield "input", (), lambda above, x, weight: library_gradients(above, x, weight, [True, False])[0]
+    yield "weight", (), lambda above, x, weight: library_gradients(above, x, weight, [False, True])[1]
     for c in PRODUCTS:
         yield "forward", c, lambda above, x, weight, c=c: launch_product(x, weight, False, *c)  # type: ignore[misc]
         yield "input", c, lambda above, x, weight, c=c: launch_product(above, weight, True, *c)  # type: ignore[misc]
@@ -218,39 +200,28 @@ def candidates(channels: int) -> Iterator[tuple[str, tuple[int, ...], Callable[[
             yield "weight", c, lambda above, x, weight, c=c: launch_gradient(above, x, *c)  # type: ignore[misc]
 
 
-def operands(channels: int, size: int, batch: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+def operands(channels: int, size: int, batch: int, device: str = "cuda") -> Operands:
     """Return a gradient above, an input and a weight, bf16, channels last."""
-    g = torch.Generator(device).manual_seed(0)
-    shapes = ((batch, channels, size, size), (batch, channels, size, size), (channels, channels, 3, 3))
-    made = (torch.randn(shape, generator=g, device=device).to(torch.bfloat16) for shape in shapes)
-    above, x, weight = (t.contiguous(memory_format=torch.channels_last) for t in made)
-    return above, x, weight
+    shape = (batch, channels, size, size)
+    return random_operands(shape, shape, (channels, channels, 3, 3), device)
+
+
+def exact(kind: str, operands: Operands) -> Tensor:
+    """Return what a kind is in float64."""
+    above, x, weight = (t.double() for t in operands)
+    return library_conv(x, weight) if kind == "forward" else library_gradients(above, x, weight, [True, True])[kind == "weight"]
 
 
 def error(kind: str, found: Tensor, above: Tensor, x: Tensor, weight: Tensor) -> float:
     """Return ‖found − float64‖ / ‖float64‖."""
-    above, x, weight = (t.double() for t in (above, x, weight))
-    exact = F.conv2d(x, weight, padding=1) if kind == "forward" else _library_gradients(above, x, weight, [True, True])[kind == "weight"]
-    return float((found.double() - exact).norm() / exact.norm())
+    return distance(found, exact(kind, (above, x, weight)))
 
 
-def microseconds(call: Callable[[], Tensor], calls: int = 10, replays: int = 10) -> float:
-    """Return the median time of a call, within a graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / calls)
-    return sorted(times)[replays // 2]
+def cases() -> Iterator[Case]:
+    """Give the convolutions to measure."""
+    for channels, size in SHAPES:
+        about = {"channels": channels, "size": size}
+        yield Case(str(channels), about, partial(operands, channels, size), partial(candidates, channels), exact)
 
 
 def main() -> None:
@@ -258,27 +229,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.backends.cudnn.benchmark = True
-    rows, chosen = [], {}
-    for channels, size in SHAPES:
-        # Three images leave a part of a tile at the end.
-        small, medium, large = (operands(channels, size, batch) for batch in (3, 64, BATCH))
-        best: dict[str, float] = {}
-        for kind, configuration, call in candidates(channels):
-            try:
-                # bf16 results round at 2^-9; a part that is missing or doubled is far above that.
-                worst = max(error(kind, call(*some), *some) for some in (small, medium))
-                took = microseconds(lambda call=call, large=large: call(*large))  # type: ignore[misc]
-            except (RuntimeError, TritonError) as e:  # one configuration that does not fit costs no other
-                log.warning("%s, %d channels, %s: %.200r", kind, channels, configuration, e)
-                continue
-            rows.append({"kind": kind, "channels": channels, "size": size, "configuration": configuration, "us": took, "error": worst})
-            log.info("%s, %d channels, %s: %.1f us, error %.1e", kind, channels, configuration or "cuDNN", took, worst)
-            if worst < 2**-8 and took < best.get(kind, float("inf")):
-                best[kind], chosen[f"{kind} {channels}"] = took, list(configuration)
-    value = {"gpu": torch.cuda.get_device_name(), "batch": BATCH, "rows": rows, "choices": {k: v for k, v in chosen.items() if v}}
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    measure(itertools.chain(cases(), depthwise_training.cases()), a.out)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ PARTS = [
     suite("plain", "test_plain_gpu test_grouped_gpu test_depthwise_gpu", 4, 240),
     suite("engine", "test_engine_gpu", 4, 280),
     suite("budget", "test_report_budget", 1, 70),
-    suite("narrow", "test_evidence_narrow_gpu", 1, 60),
+    suite("narrow", "test_evidence_narrow_gpu test_evidence_depthwise_gpu", 1, 200),
     suite("compress", "test_compress_gpu", 1, 170),
     # The pictures need Chromium, which a GPU machine seldom has.
     Part(
@@ -192,7 +192,7 @@ PARTS = [
          340, 540, 4, 0, data=("cifar10", "resnet-cifar10"), threads=4),
     Part("blocks-memory", "python3 evidence/blocks_memory.py results/{gpu}/blocks-memory.json --device cuda --layers 3",
          60, 240, 4, threads=4),
-    Part("narrow", "python3 evidence/narrow.py kept/narrow.json", 60, 180, 4, quiet=True),
+    Part("narrow", "python3 evidence/narrow.py kept/narrow.json", 150, 400, 4, quiet=True),
     Part(
         "accuracy",
         "env NARROW_CHOICES=kept/narrow.json python3 evidence/run_all.py {data} results/{gpu} --kept kept/evidence --minutes {minutes}",
