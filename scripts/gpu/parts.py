@@ -113,6 +113,8 @@ PARTS = [
     suite("runtime", "test_runtime_gpu", 1, 30, quiet=True),
     suite("methods", "test_permutation_gpu test_pruning_methods_gpu test_pruning_magnitude test_training_gpu", 1, 75, quiet=True),
     suite("two-gpus", "test_nn_gpu test_engine_two_gpus", 1, 110, gpus=2, quiet=True),
+    # What of these needs one GPU only, where there is no second.
+    suite("nn", "test_nn_gpu", 1, 50),
     suite("gemm", "test_gemm_gpu", 4, 130),
     suite("plain", "test_plain_gpu test_grouped_gpu test_depthwise_gpu", 4, 240),
     suite("engine", "test_engine_gpu", 4, 280),
